@@ -1,0 +1,112 @@
+"""What recording yields: events in order, on values in single-assignment form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from circuitlab.trace.nest import Building
+from circuitlab.trace.wires import Dim
+
+
+class Value:
+    """One array at one time.
+
+    Attributes:
+        name: unique. shape, dtype: as torch gave them.
+        kind: "input", "parameter", "buffer", "constant" or "value".
+        dims: filled in by `infer`: one list of atoms per dimension.
+        static: does not depend on the inputs. learned: depends on a parameter.
+        event: the event that made it, None for the first four kinds.
+    """
+
+    __slots__ = ("dims", "dtype", "event", "kind", "learned", "name", "shape", "static")
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> None:
+        self.name = name
+        self.shape = shape
+        self.dtype = dtype
+        self.kind = kind
+        self.dims: list[Dim] = []
+        self.static = kind in ("parameter", "buffer", "constant")
+        self.learned = kind == "parameter"
+        self.event: Event | None = None
+
+
+class Operand:
+    """A value at its place among an event's operands: what rules get for a tensor argument."""
+
+    __slots__ = ("slot", "value")
+
+    def __init__(self, slot: int, value: Value) -> None:
+        self.slot = slot
+        self.value = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.value.shape)
+
+    @property
+    def dims(self) -> list[Dim]:
+        """Atoms of each dimension."""
+        return self.value.dims
+
+
+@dataclass(eq=False, slots=True)
+class Event:
+    """One torch function call.
+
+    ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood.
+    """
+
+    fn: str
+    rule: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    operands: list[Operand]
+    outs: list[Value]
+    block: Building
+    source: str
+    name: str = ""
+
+
+@dataclass(eq=False)
+class Recording:
+    """One run of a module."""
+
+    root: Building
+    events: list[Event] = field(default_factory=list[Event])
+    values: list[Value] = field(default_factory=list[Value])
+    inputs: list[Value] = field(default_factory=list[Value])
+    outputs: list[Value] = field(default_factory=list[Value])
+    device: str = "live"
+
+
+def tensors_in(value: Any, kind: type[Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """All instances of ``kind`` in nested tuples, lists, dicts and dataclasses, with their path, such as "x[0].y"."""
+    if isinstance(value, kind):
+        yield path, value
+    elif depth > 8 or value is None or isinstance(value, (str, int, float, bool)):
+        return
+    elif hasattr(value, "items") and hasattr(value, "keys"):
+        for key, item in value.items():
+            yield from tensors_in(item, kind, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key in value._fields:
+            yield from tensors_in(getattr(value, key), kind, f"{path}.{key}" if path else key, depth + 1)
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        for number, item in enumerate(value):
+            yield from tensors_in(item, kind, f"{path}[{number}]", depth + 1)
+    elif isinstance(value, slice):
+        for item in (value.start, value.stop, value.step):
+            yield from tensors_in(item, kind, path, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+        for key, item in vars(value).items():
+            yield from tensors_in(item, kind, f"{path}.{key}" if path else key, depth + 1)

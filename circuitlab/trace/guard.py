@@ -1,0 +1,102 @@
+"""Harmlessness: a trace runs a copy that shares the parameters, and puts global random state back.
+
+The copy is a deep copy of everything but the parameters, so that whatever a forward writes (caches, counters, running
+statistics, lists) is written to the copy. In a meta copy every tensor is a meta tensor: no weights are allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CopyTensors(TorchFunctionMode):
+    """While active, ``copy.deepcopy`` of a tensor gives what ``twin`` gives."""
+
+    def __init__(self, twin: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.twin = twin
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self.twin(tensor)
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A meta tensor of the same shape, strides, dtype and kind."""
+    if tensor.is_meta:
+        return tensor
+    with torch.no_grad():
+        twin = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    return twin.requires_grad_(tensor.requires_grad)
+
+
+def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return tensor.detach().clone()
+
+
+def copy_model(
+    model: torch.nn.Module, values: Any, *, meta: bool
+) -> tuple[torch.nn.Module, Any, dict[int, torch.Tensor]]:
+    """Deep copies of a model and of values for its forward.
+
+    Args:
+        model: is not changed.
+        values: any structure of inputs.
+        meta: all tensors of the copies are meta tensors; otherwise parameters are shared and other tensors cloned.
+
+    Returns:
+        the model's copy, the values' copy, and id of an original tensor -> its copy.
+    """
+    memo: dict[int, Any] = {}
+    twins: dict[int, torch.Tensor] = {}
+    keep: list[torch.Tensor] = []
+
+    def twin(tensor: torch.Tensor) -> torch.Tensor:
+        made = to_meta(tensor) if meta else _own_copy(tensor)
+        twins[id(tensor)] = made
+        keep.append(tensor)
+        return made
+
+    for parameter in model.parameters():
+        memo[id(parameter)] = to_meta(parameter) if meta else parameter
+        twins[id(parameter)] = memo[id(parameter)]
+    with _CopyTensors(twin):
+        copied = copy.deepcopy(model, memo)
+        inputs = copy.deepcopy(values, memo)
+    return copied, inputs, twins
+
+
+@contextmanager
+def random_state() -> Iterator[None]:
+    """Put the random state of torch (CPU and CUDA), NumPy and Python back, however the body ends."""
+    python = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy is not None else None
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if drawn is not None:
+            numpy.random.set_state(drawn)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

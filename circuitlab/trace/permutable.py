@@ -1,0 +1,120 @@
+"""Which wires can be permuted without changing the function, where they sit, and why the others cannot."""
+
+from __future__ import annotations
+
+from circuitlab.circuit import Op, Tensor, Wire
+
+Part = tuple[int, int] | None
+WherePlaces = dict[str, tuple[tuple[str, int, int, Part], ...]]
+
+_PINNING = {
+    "ordered": "depends on positions",
+    "indexed": "picks entries by number",
+    "windowed": "slides a window over it",
+    "gathered": "looks entries up by number",
+    "opaque": "has no rule, so nothing is known of what it does",
+}
+
+
+def places_of(tensors: tuple[Tensor, ...], wires: dict[str, Wire]) -> WherePlaces:
+    """For each wire the parameters and buffers it sits in.
+
+    A place is (name, dimension, factor position, part). Where the wire sits in a part of a sum, part is the
+    (start, stop) of that part along the dimension, and the factor position counts within it.
+    """
+    found: dict[str, list[tuple[str, int, int, Part]]] = {}
+    for tensor in tensors:
+        if tensor.kind not in ("parameter", "buffer"):
+            continue
+        for dim, names in enumerate(tensor.dims):
+            for factor, name in enumerate(names):
+                found.setdefault(name, []).append((tensor.name, dim, factor, None))
+            if names:
+                _inside(found, wires, tensor.name, dim, names, 0)
+    return {name: tuple(places) for name, places in found.items()}
+
+
+def _inside(
+    found: dict[str, list[tuple[str, int, int, Part]]],
+    wires: dict[str, Wire],
+    tensor: str,
+    dim: int,
+    names: tuple[str, ...],
+    offset: int,
+) -> None:
+    """Places in the parts of a dimension's leading wire."""
+    inner = 1
+    for name in names[1:]:
+        inner *= wires[name].size
+    for start, stop, parts in wires[names[0]].parts:
+        part = (offset + start * inner, offset + stop * inner)
+        product = (*parts, *names[1:])
+        for factor, name in enumerate(parts):
+            found.setdefault(name, []).append((tensor, dim, factor, part))
+        if parts:
+            _inside(found, wires, tensor, dim, product, part[0])
+
+
+def permutability(
+    wires: dict[str, Wire],
+    ops: tuple[Op, ...],
+    tensors: tuple[Tensor, ...],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    places: WherePlaces,
+) -> dict[str, str]:
+    """For each wire "" if it is permutable, else the reason why not, for people."""
+    why: dict[str, str] = {}
+    ends = [(n, "is an axis of the input") for n in inputs] + [(n, "is an axis of the output") for n in outputs]
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for name, reason in ends:
+        for wire in _deep(by_name[name], wires):
+            why.setdefault(wire, f"it {reason} {name!r}")
+    for op in ops:
+        for axis in op.axes:
+            if axis.role in _PINNING:
+                where = f" ({op.source})" if op.source else ""
+                why.setdefault(axis.wire, f"{op.fn} in {op.name!r} {_PINNING[axis.role]}{where}")
+    statistics = {n for op in ops if op.kind == "norm" for n in op.inputs}
+    for tensor in tensors:
+        if tensor.kind == "constant" or (tensor.kind == "buffer" and tensor.name not in statistics):
+            for wire in _deep(tensor, wires):
+                why.setdefault(wire, f"the {tensor.kind} {tensor.name!r} has it, which is no parameter")
+    for wire in wires.values():
+        if wire.parts:
+            why.setdefault(wire.name, "it is a sum of parts; those may be permutable one by one")
+        elif not _reachable(wire.name, wires, tensors, places):
+            why.setdefault(wire.name, "no parameter has it" if wire.name not in places else
+                           "it lies inside a part that cannot be told apart in a parameter")
+    # a sum that is pinned pins its parts
+    for wire in wires.values():
+        reason = why.get(wire.name, "")
+        if wire.parts and not reason.startswith("it is a sum"):
+            for _, _, names in wire.parts:
+                for name in names:
+                    why.setdefault(name, f"it is a part of {wire.name!r}: {reason}")
+    return {name: why.get(name, "") for name in wires}
+
+
+def _deep(tensor: Tensor, wires: dict[str, Wire]) -> set[str]:
+    """The wires of a tensor, parts of sums included."""
+    found: set[str] = set()
+    pending = [name for dim in tensor.dims for name in dim]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending.extend(inner for _, _, names in wires[name].parts for inner in names)
+    return found
+
+
+def _reachable(name: str, wires: dict[str, Wire], tensors: tuple[Tensor, ...], places: WherePlaces) -> bool:
+    """Whether every parameter that has the wire has it at a place that `places` can name."""
+    if name not in places:
+        return False
+    listed = {place[0] for place in places[name]}
+    return all(
+        tensor.name in listed
+        for tensor in tensors
+        if tensor.kind in ("parameter", "buffer") and name in _deep(tensor, wires)
+    )

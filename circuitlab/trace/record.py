@@ -1,0 +1,597 @@
+"""One forward of a live module -> a flat list of events, and `trace`, which makes a circuit of them.
+
+Torch functions are seen by a `TorchFunctionMode`, at the level that the author wrote (``linear``, ``softmax``,
+``Tensor.view``), and modules by global hooks. Composite functions written in Python are entered. In-place operations,
+writes through views and ``out=`` become new values: everything after is single-assignment.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from circuitlab.circuit import Circuit
+from circuitlab.errors import InputError, TraceError
+from circuitlab.trace import compose, nest, rules
+from circuitlab.trace.build import build
+from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
+from circuitlab.trace.guard import copy_model, random_state, to_meta
+
+_FACTORIES = frozenset(
+    "zeros ones full empty arange range linspace logspace eye rand randn randint randperm tensor as_tensor "
+    "scalar_tensor tril_indices triu_indices hann_window hamming_window bartlett_window blackman_window kaiser_window "
+    "empty_strided new_tensor new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like "
+    "rand_like randn_like randint_like normal complex sparse_coo_tensor".split()
+)
+_VIEWS = frozenset(
+    "view reshape flatten unflatten transpose permute getitem select narrow split chunk unbind diagonal expand "
+    "squeeze unsqueeze detach data real imag view_as_real view_as_complex unfold T mT H mH contiguous to float double "
+    "half bfloat16 int long bool type alias swapaxes swapdims movedim moveaxis t as_strided ravel adjoint broadcast_to "
+    "expand_as view_as reshape_as tensor_split hsplit vsplit dsplit positive split_with_sizes unsafe_split "
+    "unsafe_chunk atleast_1d atleast_2d atleast_3d broadcast_tensors squeeze_ unsqueeze_ transpose_ t_ swapaxes_ "
+    "detach_ type_as cpu cuda requires_grad_ conj pixel_shuffle".split()
+)
+_KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
+
+
+class _Entry:
+    """What is known of one live tensor object: its value now, and what it is a view of."""
+
+    __slots__ = ("number", "parent", "ref", "seen", "value", "version", "view")
+
+    def __init__(self, ref: Any, value: Value) -> None:
+        self.ref = ref
+        self.value = value
+        self.version = 0
+        self.parent: _Entry | None = None
+        self.view: Event | None = None
+        self.number = 0
+        self.seen = 0
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every torch function of a run."""
+
+    def __init__(self, root: torch.nn.Module, *, meta: bool, device: torch.device, constants: dict[int, str]) -> None:
+        super().__init__()
+        self.meta = meta
+        self.device = device
+        self.module_names = {id(module): name for name, module in root.named_modules()}
+        title = type(root).__name__
+        block = nest.Building("", title, "root", nest.class_source(type(root)))
+        self.nest = nest.Nesting(block, nest.package_of(type(root)))
+        self.recording = Recording(block, device="meta" if meta else "live")
+        self.entries: dict[int, _Entry] = {}
+        self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.constants = constants
+        self.state: dict[int, tuple[str, str]] = {}
+        for kind, named in (("buffer", root.named_buffers()), ("parameter", root.named_parameters())):
+            for name, tensor in named:
+                self.state[id(tensor)] = (name, kind)
+        self.names: set[str] = set()
+        self.depth = 0
+        self.thread = threading.get_ident()
+        self.failure: tuple[BaseException, str] | None = None
+
+    # values -------------------------------------------------------------------------------------------
+
+    def add(self, tensor: torch.Tensor, name: str, kind: str) -> Value:
+        """A new value that this tensor object holds from now on."""
+        value = Value(name, tuple(tensor.shape), str(tensor.dtype)[6:], kind)
+        self.recording.values.append(value)
+        self._bind(tensor, value)
+        return value
+
+    def _bind(self, tensor: torch.Tensor, value: Value) -> _Entry:
+        key = id(tensor)
+        entry = _Entry(weakref.ref(tensor, lambda _, key=key: self.entries.pop(key, None)), value)
+        self.entries[key] = entry
+        return entry
+
+    def entry(self, tensor: torch.Tensor) -> _Entry:
+        """The entry of a tensor object, made now if it was never seen: a parameter, a buffer, a constant."""
+        entry = self.entries.get(id(tensor))
+        if entry is None or entry.ref() is not tensor:
+            name, kind = self.state.get(id(tensor), ("", ""))
+            if not kind and id(tensor) in self.constants:
+                name, kind = self.constants[id(tensor)], "constant"
+            if kind:
+                self.add(tensor, self._name(name), kind)
+            else:
+                self._untracked(tensor)
+            entry = self.entries[id(tensor)]
+        self._refresh(entry)
+        return entry
+
+    def _name(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self.names:
+            count += 1
+            unique = f"{name}_{count}"
+        self.names.add(unique)
+        return unique
+
+    def _untracked(self, tensor: torch.Tensor) -> None:
+        """A tensor from where we cannot see (NumPy, a compiled kernel, a global): an opaque op without operands."""
+        block = self.nest.here(sys._getframe(1))
+        value = self.add(tensor, "", "value")
+        self._event(Event("untracked", rules.opaque, (), {}, [], [value], block, self.nest.source()))
+
+    def _event(self, event: Event) -> None:
+        count = event.block.counts[event.fn] = event.block.counts.get(event.fn, 0) + 1
+        name = f"{event.block.name}.{event.fn}" if event.block.name else event.fn
+        event.name = self._name(name if count == 1 else f"{name}_{count}")
+        for number, out in enumerate(event.outs):
+            out.name = event.name if number == 0 else f"{event.name}:{number}"
+            out.event = event
+            out.static = bool(event.operands) and all(operand.value.static for operand in event.operands)
+            if not event.operands:
+                out.static = event.rule is not rules.opaque
+            out.learned = any(operand.value.learned for operand in event.operands)
+        event.block.items.append(event.name)
+        self.recording.events.append(event)
+
+    # views and writes ---------------------------------------------------------------------------------
+
+    def _refresh(self, entry: _Entry) -> None:
+        """Read a view anew if what it is a view of was written to since."""
+        parent, view = entry.parent, entry.view
+        if parent is None or view is None:
+            return
+        self._refresh(parent)
+        if entry.seen == parent.version:
+            return
+        entry.view = self._replay(view, parent.value)
+        entry.value = entry.view.outs[entry.number]
+        entry.seen = parent.version
+        entry.version += 1
+
+    def _replay(self, view: Event, base: Value) -> Event:
+        """The same view of another value."""
+        swap = {operand.slot: Operand(operand.slot, operand.value) for operand in view.operands}
+        swap[0] = Operand(0, base)
+        args, kwargs = _swap(view.args, swap), _swap(view.kwargs, swap)
+        outs = [Value("", out.shape, out.dtype, "value") for out in view.outs]
+        self.recording.values.extend(outs)
+        operands = [swap[slot] for slot in sorted(swap)]
+        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source)
+        self._event(event)
+        return event
+
+    def _written(self, entry: _Entry, block: nest.Building) -> None:
+        """A tensor object was written to: whatever it is a view of changes with it."""
+        entry.version += 1
+        parent = entry.parent
+        if parent is None:
+            return
+        out = Value("", parent.value.shape, parent.value.dtype, "value")
+        self.recording.values.append(out)
+        operands = [Operand(0, parent.value), Operand(1, entry.value)]
+        self._event(
+            Event("write", rules.write, (entry.view, *operands), {}, operands, [out], block, self.nest.source())
+        )
+        parent.value = out
+        self._written(parent, block)
+        entry.seen = parent.version
+
+    # the run ------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        plan = _plans.get(func)
+        if plan is None:
+            plan = _plans[func] = _plan(func)
+        name, rule, replacement = plan
+        if replacement is not None:
+            return self._composite(name, replacement, args, kwargs)
+        if name == "device" and self.meta:
+            return self.device
+        operands: list[Operand] = []
+        if self.meta:
+            if name in ("cuda", "cpu"):
+                return args[0]
+            args, kwargs = self._metaise(name, args, kwargs)
+        if name == "data=":
+            self.entry(args[0]).value = self.entry(args[1]).value
+            return func(*args, **kwargs)
+        template = self._template(args, operands)
+        named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else kwargs
+        result = func(*args, **kwargs)
+        if name == "setitem":
+            result = args[0]
+        elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
+            return result
+        tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
+        if not tensors:
+            return result
+        if self.meta and not all(tensor.is_meta for tensor in tensors):
+            result = _map(result, self._twin)
+            tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
+        if name in _KEEPS_PLACE:
+            return result
+        self._record(name, rule, template, named, operands, args, kwargs, tensors)
+        return result if name != "setitem" else None
+
+    def _record(
+        self,
+        name: str,
+        rule: Any,
+        template: tuple[Any, ...],
+        named: dict[str, Any],
+        operands: list[Operand],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+    ) -> None:
+        block = self.nest.here(sys._getframe(2))
+        outs = [Value("", tuple(tensor.shape), str(tensor.dtype)[6:], "value") for tensor in tensors]
+        self.recording.values.extend(outs)
+        event = Event(name, rule, template, named, operands, outs, block, self.nest.source())
+        self._event(event)
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        for number, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
+            known = self.entries.get(id(tensor))
+            if known is not None and known.ref() is tensor:
+                known.value = out
+                if kwargs.get("out") is not None or (rules.in_place(name) and tensor is first and name not in _VIEWS):
+                    self._written(known, block)
+                continue
+            entry = self._bind(tensor, out)
+            if first is not None and name in _VIEWS and _same_memory(tensor, first):
+                entry.parent = self.entries.get(id(first))
+                entry.view = event
+                entry.number = number
+                entry.seen = entry.parent.version if entry.parent else 0
+
+    def _composite(self, name: str, replacement: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        self.nest.enter(self._inside(name), name, "function", "torch", "", sys._getframe(1))
+        try:
+            with self:
+                return replacement(*args, **kwargs)
+        finally:
+            self.nest.leave()
+
+    def _inside(self, name: str) -> str:
+        here = self.nest.levels[-1].block.name
+        return f"{here}/{name}" if here else f"/{name}"
+
+    def _template(self, value: Any, operands: list[Operand]) -> Any:
+        """The same structure with an `Operand` for each tensor."""
+        if isinstance(value, torch.Tensor):
+            operand = Operand(len(operands), self.entry(value).value)
+            operands.append(operand)
+            return operand
+        if type(value) in (tuple, list, torch.Size):
+            return type(value)(self._template(item, operands) for item in value) if value else value
+        if type(value) is dict:
+            return {key: self._template(item, operands) for key, item in value.items()}
+        if type(value) is slice and any(isinstance(v, torch.Tensor) for v in (value.start, value.stop, value.step)):
+            return slice(*(self._template(v, operands) for v in (value.start, value.stop, value.step)))
+        return value
+
+    # meta ---------------------------------------------------------------------------------------------
+
+    def _metaise(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if any(isinstance(a, torch.Tensor) and not a.is_meta or isinstance(a, (tuple, list)) for a in args) or kwargs:
+            args = tuple(_map(a, self._twin) for a in args)
+            kwargs = {key: _map(item, self._twin) for key, item in kwargs.items()}
+        if name in _FACTORIES or (kwargs and kwargs.get("device") is not None):
+            kwargs = {**kwargs, "device": "meta"}
+        elif name == "to":
+            args = tuple("meta" if isinstance(a, torch.device) or _is_device(a) else a for a in args)
+        return args, kwargs
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor
+        known = self.twins.get(id(tensor))
+        if known is None:
+            twin = to_meta(tensor)
+            known = self.twins[id(tensor)] = (tensor, twin)
+            if id(tensor) in self.entries:
+                self._bind(twin, self.entries[id(tensor)].value)
+            elif id(tensor) in self.constants:
+                self.constants[id(twin)] = self.constants[id(tensor)]
+            elif tensor.numel() == 1 and tensor.dim() == 0:
+                # a number in tensor's clothing has no axes to be wrong about
+                self.add(twin, self._name("number"), "constant")
+        return known[1]
+
+    # modules ------------------------------------------------------------------------------------------
+
+    def module_begins(self, module: torch.nn.Module, args: Any) -> None:
+        """Global hook before a module's forward."""
+        name = self.module_names.get(id(module))
+        if name is None:
+            name = self._inside(type(module).__name__)
+        if threading.get_ident() != self.thread:
+            return
+        self.depth += 1
+        if self.depth > 1:
+            kind = type(module)
+            caller = nest.caller_of_module(sys._getframe(1))
+            self.nest.enter(name, kind.__name__, "module", nest.package_of(kind), nest.class_source(kind), caller)
+
+    def module_ends(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Global hook after a module's forward, also after one that raised."""
+        if threading.get_ident() != self.thread:
+            return
+        error = sys.exc_info()[1]
+        if output is None and error is not None and (self.failure is None or self.failure[0] is not error):
+            self.failure = (error, self.module_names.get(id(module), ""))
+        self.depth -= 1
+        if self.depth:
+            self.nest.leave()
+
+
+_plans: dict[Any, tuple[str, Any, Callable[..., Any] | None]] = {}
+
+
+def _plan(func: Any) -> tuple[str, Any, Callable[..., Any] | None]:
+    """Name, rule, and for composites the function to run in its place."""
+    name = rules.name_of(func)
+    replacement = compose.REPLACEMENTS.get(name)
+    if replacement is not None:
+        return name, None, replacement
+    rule = rules.lookup(func, name)
+    if rule is rules.opaque:
+        entered = _entered(func)
+        if entered is not None:
+            return name, None, entered
+    return name, rule, None
+
+
+def _entered(func: Any) -> Callable[..., Any] | None:
+    """A composite torch function whose body runs instead of asking the mode again; None where there is no body."""
+    if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch"):
+        return None
+    checks = [n for n in func.__code__.co_names if n.startswith("has_torch_function")]
+    if not checks:
+        return None
+    names = {**func.__globals__, **{check: lambda *_: False for check in checks}}
+    made = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    made.__kwdefaults__ = func.__kwdefaults__
+    return made
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "mps", "xpu", "meta")
+
+
+def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, change) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(_map(item, change) for item in value)
+    if type(value) is dict:
+        return {key: _map(item, change) for key, item in value.items()}
+    return value
+
+
+def _swap(value: Any, swap: dict[int, Operand]) -> Any:
+    if isinstance(value, Operand):
+        return swap[value.slot]
+    if type(value) in (tuple, list):
+        return type(value)(_swap(item, swap) for item in value)
+    if type(value) is dict:
+        return {key: _swap(item, swap) for key, item in value.items()}
+    return value
+
+
+nest.BOUNDARIES.add(_Recorder._composite.__code__)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def trace(
+    model: torch.nn.Module,
+    *args: Any,
+    names: Mapping[str, str] | None = None,
+    device: str = "auto",
+    **kwargs: Any,
+) -> Circuit:
+    """Run a module once on inputs and read its wires.
+
+    The run is on a copy that shares the parameters, without gradients: the module, its buffers, hooks and mode, the
+    inputs and the random state stay as they are.
+
+    Args:
+        model: any ``nn.Module`` that runs eagerly.
+        *args, **kwargs: inputs as its ``forward`` takes them.
+        names: names for the axes of inputs, ``{"x": "batch seq"}``; "_" leaves one unnamed.
+        device: "meta" computes shapes only, without numbers or memory; "live" runs on the model's own device;
+            "auto" tries meta first. `Circuit.device` says which it was.
+
+    Returns:
+        the `Circuit`.
+
+    Raises:
+        InputError: not a module, no tensors among the inputs, an unknown device, or names that do not fit.
+        TraceError: the module is compiled or scripted, or its forward raised; the error carries the module path,
+            the source line and the circuit up to there.
+    """
+    _check(model, args, kwargs, device)
+    tensors = [tensor for _, tensor in tensors_in((args, kwargs), torch.Tensor)]
+    reason = ""
+    if device != "live":
+        try:
+            with random_state():
+                return _finish(_run(model, args, kwargs, meta=True), model, names)
+        except InputError:
+            raise
+        except _RunError as failure:
+            if device == "meta":
+                raise failure.to_user(model, "on the meta device; try device='live'", names) from failure.cause
+            reason = f"{type(failure.cause).__name__}: {failure.cause}"
+        except Exception as error:  # noqa: BLE001 - a module that cannot be copied to meta is run live
+            if device == "meta":
+                raise TraceError(
+                    f"{type(model).__name__} cannot be copied to the meta device "
+                    f"({type(error).__name__}: {error}); try device='live'"
+                ) from error
+            reason = f"{type(error).__name__}: {error}"
+    state = [*model.parameters(), *model.buffers(), *tensors]
+    if any(tensor.is_meta for tensor in state):
+        raise TraceError(
+            f"{type(model).__name__} holds meta tensors, which have no values, and its forward needs values "
+            f"({reason}); give the module its weights with model.to_empty(device='cpu') or load them, then trace again"
+        )
+    try:
+        with random_state():
+            return _finish(_run(model, args, kwargs, meta=False), model, names)
+    except _RunError as failure:
+        raise failure.to_user(model, "", names) from failure.cause
+
+
+def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> None:
+    if device not in ("auto", "meta", "live"):
+        raise InputError(f"device={device!r} is not one of 'auto', 'meta', 'live'")
+    if not isinstance(model, torch.nn.Module):
+        what = "a class: make an instance of it" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"trace needs a torch.nn.Module, and was given {what}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{type(model).__name__} is a scripted module: its Python code cannot be watched. "
+            "Trace the module that it was scripted from"
+        )
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            where = f"{path}._orig_mod" if path else "model._orig_mod"
+            raise TraceError(
+                f"the module {path or 'that was given'!r} is compiled by torch.compile, which hides its operations. "
+                f"Trace the eager module: {where}",
+                module=path,
+            )
+        if path and isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"the submodule {path!r} is a scripted module: its Python code cannot be watched. "
+                "Put the module that it was scripted from in its place",
+                module=path,
+            )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]
+    if lazy:
+        raise TraceError(
+            f"the parameter {lazy[0]!r} has no shape yet (a lazy module); run the module once, then trace it"
+        )
+    found = [path for path, _ in tensors_in((args, kwargs), torch.Tensor)]
+    if not found and (args or kwargs):
+        given = ", ".join(type(item).__name__ for item in (*args, *kwargs.values()))
+        raise InputError(
+            f"there is no tensor among the inputs ({given}); give the inputs as {type(model).__name__}.forward takes "
+            "them, e.g. trace(model, torch.zeros(1, 3, 224, 224))"
+        )
+
+
+class _RunError(Exception):
+    """The forward raised."""
+
+    def __init__(self, recorder: _Recorder, module: str, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.recorder = recorder
+        self.module = module
+        self.cause = cause
+
+    def to_user(self, model: torch.nn.Module, hint: str, names: Mapping[str, str] | None) -> TraceError:
+        """The error as the user gets it, with the partial circuit."""
+        source = nest.error_source(self.cause)
+        where = f"module {self.module!r}" if self.module else "the root module"
+        message = (
+            f"{type(model).__name__}.forward raised {type(self.cause).__name__} in {where}"
+            f"{f' at {source}' if source else ''}: {self.cause}"
+        )
+        shapes = ", ".join(f"{v.name} {list(v.shape)} {v.dtype}" for v in self.recorder.recording.inputs)
+        message += f"\ninputs were: {shapes or 'no tensors'}"
+        message += f"\n{hint}" if hint else "\ncheck that the inputs are what its forward takes"
+        circuit = None
+        try:
+            recording = self.recorder.recording
+            recording.outputs = [event.outs[0] for event in recording.events[-1:]]
+            circuit = build(recording, model, names, keep_all=True)
+        except Exception:  # noqa: BLE001 - the user's own error matters, not that the rest could not be read
+            circuit = None
+        return TraceError(message, module=self.module, source=source, circuit=circuit)
+
+
+def _finish(recording: Recording, model: torch.nn.Module, names: Mapping[str, str] | None) -> Circuit:
+    return build(recording, model, names)
+
+
+def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, meta: bool) -> Recording:
+    """Run a copy of the module, recording."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    copied, (args, kwargs), twins = copy_model(model, (args, kwargs), meta=meta)
+    constants = {
+        id(tensor): f"{path}.{key}" if path else key
+        for path, module in copied.named_modules()
+        for key, value in vars(module).items()
+        if key[:1] != "_" and not isinstance(value, torch.nn.Module) and not callable(value)
+        for key, tensor in tensors_in(value, torch.Tensor, key)
+    }
+    recorder = _Recorder(copied, meta=meta, device=device, constants=constants)
+    recorder.keep = (copied, twins)  # type: ignore[attr-defined]
+    for name, tensor in _named_inputs(copied, args, kwargs):
+        recorder.recording.inputs.append(recorder.add(tensor, recorder._name(name), "input"))
+    hooks = (
+        torch.nn.modules.module.register_module_forward_pre_hook(recorder.module_begins),
+        torch.nn.modules.module.register_module_forward_hook(recorder.module_ends, always_call=True),
+    )
+    try:
+        with torch.no_grad(), recorder:
+            output = copied(*args, **kwargs)
+    except Exception as error:
+        failure = recorder.failure
+        path = failure[1] if failure is not None and failure[0] is error else ""
+        raise _RunError(recorder, path, error) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, tensor in tensors_in(output, torch.Tensor):
+        del path
+        entry = recorder.entry(recorder._twin(tensor) if meta else tensor)
+        recorder.recording.outputs.append(entry.value)
+    if not recorder.recording.outputs:
+        raise InputError(
+            f"{type(model).__name__}.forward returned no tensor (a {type(output).__name__}); "
+            "there is no wire to draw. Trace the part of it that computes"
+        )
+    return recorder.recording
+
+
+def _named_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:
+    """The tensors among the inputs, named by forward's own parameters."""
+    try:
+        signature = inspect.signature(model.forward)
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+        for key, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                bound.update(bound.pop(key, {}))
+    except (TypeError, ValueError):
+        bound = {**{f"input{n}": value for n, value in enumerate(args)}, **kwargs}
+    found: list[tuple[str, torch.Tensor]] = []
+    seen: set[int] = set()
+    for key, value in bound.items():
+        for path, tensor in tensors_in(value, torch.Tensor, key):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found.append((path, tensor))
+    return found

@@ -1,0 +1,387 @@
+"""Indexing, gathering, scattering and looking up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from circuitlab.trace.events import Event, Operand
+from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, set_role
+from circuitlab.trace.wires import ClashError, Wires
+
+
+def _expanded(index: Any, ndim: int) -> list[Any]:
+    """An index written out: one item for every dimension, and None for new ones."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    used = sum(_width(item) for item in items)
+    if Ellipsis in [i for i in items if not isinstance(i, Operand)]:
+        at = next(n for n, item in enumerate(items) if item is Ellipsis)
+        items[at : at + 1] = [slice(None)] * (ndim - used)
+    else:
+        items += [slice(None)] * (ndim - used)
+    return items
+
+
+def _width(item: Any) -> int:
+    if item is None or item is Ellipsis:
+        return 0
+    if isinstance(item, bool):
+        raise NoRuleError
+    if isinstance(item, Operand) and item.value.dtype in ("bool", "uint8"):
+        return max(item.ndim, 1)
+    return 1
+
+
+class _Read:
+    """A reading of ``x[index]``, dimension by dimension."""
+
+    def __init__(self, w: Wires, event: Event, pattern: Pattern, input: Operand, index: Any) -> None:
+        self.w, self.event, self.pattern, self.input = w, event, pattern, input
+        self.slots = pattern.take(input)
+        self.out: Slots = []
+        self.kind = "reindex"
+        self.labels: list[Any] = []
+        self.gathers: list[tuple[int, Operand]] = []
+        self.place: int | None = None
+        self.apart = False
+        axis = 0
+        for item in _expanded(index, input.ndim):
+            axis += self._step(item, axis)
+        if self.gathers:
+            self._gather()
+
+    def _step(self, item: Any, axis: int) -> int:
+        """Read one item of the index; the number of dimensions it takes."""
+        if item is None:
+            self.out.append([])
+            return 0
+        size = self.input.shape[axis]
+        if isinstance(item, slice):
+            self._slice(item, axis, size)
+        elif isinstance(item, int):
+            set_role(self.slots[axis], "indexed")
+            self.labels.append(item)
+            self.kind = "index" if self.kind != "gather" else self.kind
+        elif isinstance(item, Operand) and item.value.dtype not in ("bool", "uint8"):
+            if self.gathers and self.gathers[-1][0] != axis - 1:
+                self.apart = True
+            if self.place is None:
+                self.place = len(self.out)
+            self.gathers.append((axis, item))
+        elif isinstance(item, (list, range)) and all(isinstance(i, int) for i in item):
+            # a constant list picks entries: a new axis
+            if self.gathers:
+                raise NoRuleError
+            set_role(self.slots[axis], "indexed")
+            self.out.append(self.pattern.new(self.w, len(item), "indexed", "picked", self.event.name))
+            self.kind = "index"
+        else:
+            raise NoRuleError
+        return 1
+
+    def _slice(self, item: slice, axis: int, size: int) -> None:
+        if any(v is not None and not isinstance(v, int) for v in (item.start, item.stop, item.step)):
+            raise NoRuleError
+        start, stop, step = item.indices(size)
+        letters = self.slots[axis]
+        count = len(range(start, stop, step))
+        if count == size:
+            self.out.append(letters)
+            return
+        self.kind = "slice" if self.kind == "reindex" else self.kind
+        self.labels.append([start, stop] if step == 1 else [start, stop, step])
+        dim = self.input.dims[axis]
+        if step == 1 and count:
+            set_role(letters, "joined" if count > 1 else "indexed")
+            try:
+                part = self.w.slice(dim, start, stop)
+                self.out.append([Letter("joined", part)] if part else [])
+                return
+            except ClashError:
+                pass
+        elif count and size % step == 0 and start < step and count == size // step:
+            try:
+                outer, inner = self.w.regroup([dim], [size // step, step])
+                kept = [Letter("broadcast", outer)] if outer else []
+                self.slots[axis] = [*kept, *([Letter("indexed", inner)] if inner else [])]
+                self.pattern.ins[self.input.slot] = self.slots
+                self.out.append(kept)
+                return
+            except ClashError:
+                pass
+        set_role(letters, "indexed")
+        self.out.append(self.pattern.new(self.w, count, "indexed", "picked", self.event.name))
+
+    def _gather(self) -> None:
+        """Index tensors broadcast against each other; their dimensions stand where the first stood, or in front."""
+        self.kind = "gather"
+        ndim = max(operand.ndim for _, operand in self.gathers)
+        columns: Slots = [[] for _ in range(ndim)]
+        for axis, operand in self.gathers:
+            set_role(self.slots[axis], "gathered")
+            own: Slots = []
+            for position, dim in enumerate(operand.dims):
+                column = columns[ndim - operand.ndim + position]
+                if dim and column:
+                    self.w.unify(column[0].atoms, dim)
+                    column[0].role = "diagonal"
+                elif dim:
+                    column.append(Letter("broadcast", dim))
+                own.append(column if dim else [])
+            self.pattern.ins[operand.slot] = own
+        at = 0 if self.apart else self.place or 0
+        self.out[at:at] = columns
+
+
+def getitem(w: Wires, event: Event, input: Operand, index: Any) -> Pattern:
+    """``x[index]`` with numbers, slices, None, ... and integer tensors."""
+    pattern = Pattern("reindex")
+    read = _Read(w, event, pattern, input, index)
+    pattern.kind = read.kind
+    if read.labels:
+        pattern.attrs["index"] = read.labels
+    pattern.out(read.out)
+    return pattern
+
+
+def setitem(w: Wires, event: Event, input: Operand, index: Any, value: Any) -> Pattern:
+    """``x[index] = value``: x with some entries replaced; dimensions that the index leaves whole pass."""
+    pattern = Pattern("box")
+    read = _Read(w, event, pattern, input, index)
+    whole = {id(letter) for letters in read.out for letter in letters if letter.role in ("broadcast", "diagonal")}
+    touched = [letter for letters in read.slots for letter in letters if id(letter) not in whole]
+    if isinstance(value, Operand):
+        own: Slots = []
+        for position, dim in enumerate(value.dims):
+            target = read.out[len(read.out) - value.ndim + position]
+            if dim and target:
+                w.unify([atom for letter in target for atom in letter.atoms], dim)
+            own.append(target if dim else [])
+            if dim and not target:
+                raise NoRuleError
+        pattern.ins[value.slot] = own
+    for letter in touched:
+        letter.role = "ordered"
+    for letters in read.out:
+        for letter in letters:
+            if id(letter) not in whole:
+                letter.role = "ordered"
+    pattern.out(read.slots)
+    return pattern
+
+
+def embedding(w: Wires, event: Event, input: Operand, weight: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Rows of the weight, chosen by the input."""
+    if input.value.dtype.startswith(("float", "bfloat")):
+        input, weight = weight, input  # torch.embedding(weight, indices)
+    pattern = Pattern("embedding")
+    slots = pattern.take(input)
+    rows, columns = pattern.take(weight)
+    set_role(rows, "gathered")
+    set_role(columns, "created")
+    pattern.out([*slots, columns])
+    return pattern
+
+
+def embedding_bag(w: Wires, event: Event, input: Operand, weight: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Embeddings of a bag, reduced over the bag (two-dimensional input)."""
+    if input.value.dtype.startswith(("float", "bfloat")):
+        input, weight = weight, input
+    if input.ndim != 2 or len(event.operands) > 2:
+        raise NoRuleError
+    pattern = Pattern("embedding")
+    slots = pattern.take(input)
+    rows, columns = pattern.take(weight)
+    set_role(slots[1], "reduced")
+    set_role(rows, "gathered")
+    set_role(columns, "created")
+    pattern.out([slots[0], columns])
+    return pattern
+
+
+def one_hot(w: Wires, event: Event, tensor: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """A new class axis, by the values of the operand."""
+    pattern = Pattern("gather")
+    slots = pattern.take(tensor)
+    pattern.out([*slots, pattern.new(w, event.outs[0].shape[-1], "ordered", "classes", event.name)])
+    return pattern
+
+
+def index_select(w: Wires, event: Event, input: Operand, dim: int, index: Operand) -> Pattern:
+    """Entries of one dimension, chosen by an index tensor."""
+    axis = axis_of(dim, input.ndim)
+    pattern = Pattern("gather", dim=axis)
+    slots = pattern.take(input)
+    chosen = pattern.take(index)
+    set_role(slots[axis], "gathered")
+    pattern.out([*slots[:axis], chosen[0] if chosen else [], *slots[axis + 1 :]])
+    return pattern
+
+
+def gather(w: Wires, event: Event, input: Operand, dim: int, index: Operand, **kwargs: Any) -> Pattern:
+    """``out[i][j] = input[index[i][j]][j]``: other dimensions are paired, or are first parts of each other."""
+    axis = axis_of(dim, input.ndim)
+    pattern = Pattern("gather", dim=axis)
+    slots = pattern.take(input)
+    own = pattern.take(index)
+    set_role(slots[axis], "gathered")
+    for other, letters in enumerate(own):
+        if other == axis:
+            continue
+        if input.shape[other] == index.shape[other]:
+            w.unify(input.dims[other], index.dims[other])
+            slots[other] = letters
+            set_role(letters, "diagonal")
+        else:
+            set_role(slots[other], "ordered")
+            set_role(letters, "ordered")
+    pattern.out(own)
+    return pattern
+
+
+def take_along_dim(w: Wires, event: Event, input: Operand, indices: Operand, dim: int | None = None) -> Pattern:
+    """gather with broadcasting; covered where nothing has to be broadcast."""
+    if dim is None or any(a != b for n, (a, b) in enumerate(zip(input.shape, indices.shape, strict=True))
+                          if n != dim % input.ndim):
+        raise NoRuleError
+    return gather(w, event, input, dim, indices)
+
+
+def scatter(w: Wires, event: Event, input: Operand, dim: int, index: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Values put at (or added to) indexed places of one dimension; other dimensions are paired."""
+    axis = axis_of(dim, input.ndim)
+    pattern = Pattern("scatter", dim=axis)
+    slots = pattern.take(input)
+    set_role(slots[axis], "ordered")
+    own: Slots | None = None
+    for operand in event.operands:
+        if operand.slot == input.slot or operand.ndim == 0:
+            continue
+        if own is None:
+            own = pattern.take(operand, "gathered")
+            first = operand
+        else:
+            if operand.shape != first.shape:
+                raise NoRuleError
+            for a, b in zip(first.dims, operand.dims, strict=True):
+                w.unify(a, b)
+            pattern.ins[operand.slot] = own
+    for other, letters in enumerate(own or []):
+        if other != axis and input.shape[other] == index.shape[other]:
+            w.unify(input.dims[other], index.dims[other])
+            slots[other][:] = letters
+            set_role(letters, "diagonal")
+        elif other != axis:
+            set_role(slots[other], "ordered")
+    pattern.out(slots)
+    return pattern
+
+
+def index_add(w: Wires, event: Event, input: Operand, dim: int, index: Operand, source: Any, *args: Any,
+              **kwargs: Any) -> Pattern:
+    """Rows of the source added to (or copied over) indexed rows; other dimensions are paired."""
+    axis = axis_of(dim, input.ndim)
+    pattern = Pattern("scatter", dim=axis)
+    slots = pattern.take(input)
+    rows = pattern.take(index, "gathered")
+    set_role(slots[axis], "ordered")
+    if isinstance(source, Operand) and source.ndim:
+        w.unify(index.dims[0] if index.ndim else [], source.dims[axis])
+        own: Slots = []
+        for other, dim_ in enumerate(source.dims):
+            if other == axis:
+                own.append(rows[0] if rows else [])
+                continue
+            w.unify(input.dims[other], dim_)
+            set_role(slots[other], "diagonal")
+            own.append(slots[other])
+        pattern.ins[source.slot] = own
+    pattern.out(slots)
+    return pattern
+
+
+def created(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
+    """New arrays: every dimension is a new wire. All entries alike (zeros), or positions matter (arange, rand)."""
+    uniform = event.fn in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+    random = event.fn.startswith(("rand", "normal"))
+    pattern = Pattern("random" if random else "create")
+    role = "created" if uniform else "ordered"
+    for operand in event.operands:
+        pattern.take(operand, "opaque" if operand.ndim and not uniform else "broadcast")
+        if operand.ndim and not uniform and not event.fn.startswith("new_"):
+            raise NoRuleError
+    for out in event.outs:
+        pattern.out([pattern.new(w, size, role, "create", event.name, n) for n, size in enumerate(out.shape)])
+    return pattern
+
+
+def recurrent(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Fused lstm, gru, rnn of unpacked sequences: gates share the hidden wire; time is ordered."""
+    states = args[0] if isinstance(args[0], (tuple, list)) else (args[0],)
+    weights = args[1]
+    if not isinstance(weights, (tuple, list)) or not isinstance(args[2], bool):
+        raise NoRuleError
+    biases, layers, bidirectional, batch_first = args[2], args[3], args[6], args[7]
+    directions = 2 if bidirectional else 1
+    hidden = states[0].shape[-1]
+    unbatched = input.ndim == 2
+    pattern = Pattern("scan", layers=layers, bidirectional=bidirectional or None)
+    slots = pattern.take(input)
+    time = 0 if unbatched else 1 if batch_first else 0
+    batch = None if unbatched else 0 if batch_first else 1
+    set_role(slots[time], "ordered")
+    set_role(slots[-1], "contracted")
+    per_cell = len(weights) // (layers * directions)
+    if per_cell != (4 if biases else 2):
+        raise NoRuleError  # projections
+    below = input.dims[-1]
+    number = 0
+    cells: list[list[Letter]] = []
+    for _ in range(layers):
+        outs: list[list[Letter]] = []
+        for _ in range(directions):
+            cell = weights[number : number + per_cell]
+            number += per_cell
+            outs.append(_cell(w, pattern, cell, below, hidden))
+        cells.extend(outs)
+        below = (
+            outs[0][0].atoms
+            if directions == 1
+            else w.sum([letters[0].atoms for letters in outs], [hidden] * 2, "cat", event.name)
+        )
+    for state in states:
+        own = pattern.take(state, "ordered")
+        if batch is not None and own[-2]:
+            w.unify(state.dims[-2], input.dims[batch])
+            own[-2] = slots[batch]
+            set_role(slots[batch], "diagonal")
+        if layers * directions == 1 and own[-1]:
+            w.unify(state.dims[-1], cells[0][0].atoms)
+            set_role(own[-1], "contracted")
+    out = list(slots)
+    out[-1] = cells[-1] if directions == 1 else [Letter("joined", below)]
+    pattern.out(out)
+    for state in event.outs[1:]:
+        last = cells[0] if layers * directions == 1 else pattern.new(w, hidden, "opaque", "state", event.name)
+        lead = pattern.new(w, state.shape[0], "ordered", "layers", event.name)
+        pattern.out([lead, *([slots[batch]] if batch is not None else []), last])
+    return pattern
+
+
+def _cell(w: Wires, pattern: Pattern, cell: Sequence[Any], below: Any, hidden: int) -> list[Letter]:
+    """Unify the parameters of one layer in one direction; the letter of its hidden wire."""
+    if hidden == 1:
+        raise NoRuleError
+    inward, recurrent_, *biases = cell
+    if inward.dims[1]:
+        w.unify(inward.dims[1], below)
+    state = recurrent_.dims[1]
+    for parameter in (inward, recurrent_, *biases):
+        gates = parameter.shape[0] // hidden
+        for gate in range(gates):
+            w.unify(w.slice(parameter.dims[0], gate * hidden, (gate + 1) * hidden), state)
+        own: Slots = [[Letter("joined", parameter.dims[0])]]
+        if parameter.ndim == 2:
+            own.append([Letter("contracted", parameter.dims[1])] if parameter.dims[1] else [])
+        pattern.ins[parameter.slot] = own
+    return [Letter("created", state)]

@@ -1,0 +1,232 @@
+"""Convolution, pooling and resizing: functions that slide over positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from circuitlab.trace.events import Event, Operand
+from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, set_role
+from circuitlab.trace.wires import ClashError, Dim, Wires
+
+
+def _numbers(value: Any, count: int) -> list[int]:
+    if isinstance(value, (tuple, list)):
+        return [int(v) for v in (value * count if len(value) == 1 else value)]
+    return [int(value)] * count
+
+
+def _positions(
+    w: Wires, event: Event, pattern: Pattern, input: Operand, slots: Slots, count: int, alone: list[bool], slide: bool
+) -> Slots:
+    """The position dimensions of a result.
+
+    An axis that keeps its size stays the same axis: position i of the result is position i of the input. ``alone``
+    says where each position is computed from itself only; ``slide`` that windows were used.
+    """
+    made: Slots = []
+    first = input.ndim - count
+    for n in range(count):
+        letters, size = slots[first + n], event.outs[0].shape[len(event.outs[0].shape) - count + n]
+        if alone[n] and size == input.shape[first + n]:
+            made.append(letters)
+            continue
+        set_role(letters, "windowed")
+        if size == input.shape[first + n]:
+            made.append(letters)
+        else:
+            origin = letters[0].atoms[0] if letters else None
+            made.append(pattern.new(w, size, "windowed", "positions", event.name, origin, n))
+    return made
+
+
+def conv(
+    w: Wires,
+    event: Event,
+    input: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Pattern:
+    """conv1d to conv3d: windows over positions, product over window and channels."""
+    return _convolve(w, event, input, weight, bias, stride, padding, dilation, groups, False)
+
+
+def conv_transpose(
+    w: Wires,
+    event: Event,
+    input: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Pattern:
+    """Transposed convolution; its weight is (in, out / groups, window)."""
+    return _convolve(w, event, input, weight, bias, stride, padding, dilation, groups, True)
+
+
+def _convolve(
+    w: Wires,
+    event: Event,
+    input: Operand,
+    weight: Operand,
+    bias: Operand | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    transposed: bool,
+) -> Pattern:
+    count = weight.ndim - 2
+    window = list(weight.shape[2:])
+    strides = _numbers(stride, count)
+    pattern = Pattern("conv", kernel=window, stride=strides, groups=groups if groups > 1 else None)
+    pattern.attrs.update({key: True for key, on in (("transposed", transposed), ("bias", bias is not None)) if on})
+    slots = pattern.take(input)
+    channel = input.ndim - count - 1
+    rows, columns = _channels(w, event, pattern, input, weight, slots, channel, groups, transposed)
+    alone = [k == 1 and s == 1 for k, s in zip(window, strides, strict=True)]
+    windows = [[Letter("windowed", dim)] if dim else [] for dim in weight.dims[2:]]
+    pattern.ins[weight.slot] = [rows[0], rows[1], *windows]
+    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    if isinstance(bias, Operand):
+        w.unify([atom for letter in columns for atom in letter.atoms], bias.dims[0])
+        pattern.ins[bias.slot] = [columns]
+    pattern.out([*slots[:channel], columns, *positions])
+    return pattern
+
+
+def _channels(
+    w: Wires,
+    event: Event,
+    pattern: Pattern,
+    input: Operand,
+    weight: Operand,
+    slots: Slots,
+    channel: int,
+    groups: int,
+    transposed: bool,
+) -> tuple[tuple[list[Letter], list[Letter]], list[Letter]]:
+    """Letters of the weight's two channel dimensions, and of the result's channels."""
+    made, read = (1, 0) if transposed else (0, 1)
+    if groups == 1:
+        if input.dims[channel]:
+            w.unify(input.dims[channel], weight.dims[read])
+            set_role(slots[channel], "contracted")
+        out = [Letter("created", weight.dims[made])] if weight.dims[made] else []
+        rows = [[], []]
+        rows[made], rows[read] = out, slots[channel]
+        return (rows[0], rows[1]), out
+    mark = w.mark()
+    try:
+        group: Dim
+        if transposed:
+            group, inner = w.regroup([input.dims[channel]], [groups, input.shape[channel] // groups])
+            w.unify([*group, *inner], weight.dims[0])
+            outer = weight.dims[1]
+        else:
+            group, inner = w.regroup([input.dims[channel]], [groups, input.shape[channel] // groups])
+            w.unify(inner, weight.dims[1])
+            first, outer = w.regroup([weight.dims[0]], [groups, weight.shape[0] // groups])
+            w.unify(first, group)
+    except ClashError:
+        w.rollback(mark)
+        # the groups cut across what is known of the channels: ends and starts, no claim on groups
+        set_role(slots[channel], "ordered")
+        rows = [[Letter("ordered", dim)] if dim else [] for dim in weight.dims[:2]]
+        out = pattern.new(w, event.outs[0].shape[channel], "ordered", "channels", event.name) if transposed else rows[0]
+        return (rows[0], rows[1]), out
+    g = [Letter("diagonal", group)] if group else []
+    i = [Letter("contracted", inner)] if inner else []
+    o = [Letter("created", outer)] if outer else []
+    slots[channel][:] = [*g, *i]
+    if transposed:
+        return ([*g, *i], o), [*g, *o]
+    return ([*g, *o], i), [*g, *o]
+
+
+def pool(w: Wires, event: Event, input: Operand, kernel_size: Any = None, stride: Any = None, *args: Any,
+         **kwargs: Any) -> Pattern:
+    """Max, average and other pooling over windows of the last dimensions."""
+    count = int(next(c for c in event.fn if c.isdigit()))
+    if event.fn.startswith("adaptive"):
+        return _adaptive(w, event, input, count)
+    window = _numbers(kernel_size, count) if isinstance(kernel_size, (int, tuple, list)) else None
+    pattern = Pattern("pool", kernel=window, stride=_numbers(stride, count) if stride else window)
+    slots = pattern.take(input)
+    alone = [k == 1 for k in window] if window else [False] * count
+    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    for _ in event.outs:
+        pattern.out([*slots[: input.ndim - count], *positions])
+    return pattern
+
+
+def _adaptive(w: Wires, event: Event, input: Operand, count: int) -> Pattern:
+    sizes = event.outs[0].shape[-count:]
+    if len(event.outs) == 1 and all(size == 1 for size in sizes):
+        pattern = Pattern("reduce")
+        slots = pattern.take(input)
+        for letters in slots[-count:]:
+            set_role(letters, "reduced")
+        pattern.out([*slots[:-count], *([] for _ in range(count))])
+        return pattern
+    pattern = Pattern("pool")
+    slots = pattern.take(input)
+    alone = [size == input.shape[input.ndim - count + n] for n, size in enumerate(sizes)]
+    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    for _ in event.outs:
+        pattern.out([*slots[:-count], *positions])
+    return pattern
+
+
+def resize(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """interpolate: positions are sampled anew."""
+    count = input.ndim - 2
+    pattern = Pattern("resize")
+    slots = pattern.take(input)
+    positions = _positions(w, event, pattern, input, slots, count, [False] * count, False)
+    pattern.out([*slots[:2], *positions])
+    return pattern
+
+
+def unfold(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """``F.unfold``: windows of positions into channels (c k l); ``Tensor.unfold``: a window dimension at the end."""
+    out = event.outs[0].shape
+    pattern = Pattern("box")
+    slots = pattern.take(input)
+    if len(out) == input.ndim + 1:
+        axis = (args[0] if args else kwargs["dimension"]) % input.ndim
+        set_role(slots[axis], "windowed")
+        result = list(slots)
+        result[axis] = pattern.new(w, out[axis], "windowed", "positions", event.name, None, 0)
+        pattern.out([*result, pattern.new(w, out[-1], "windowed", "window", event.name)])
+        return pattern
+    if input.ndim != 4:
+        raise NoRuleError
+    for letters in slots[2:]:
+        set_role(letters, "windowed")
+    window = pattern.new(w, out[1] // input.shape[1], "windowed", "window", event.name)
+    places = pattern.new(w, out[2], "windowed", "positions", event.name, None, 0)
+    pattern.out([slots[0], [*slots[1], *window], places])
+    return pattern
+
+
+def fold(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Windows (c k l) put back and summed into positions."""
+    out = event.outs[0].shape
+    if len(out) != 4 or input.ndim != 3:
+        raise NoRuleError
+    channel, window = w.regroup([input.dims[1]], [out[1], input.shape[1] // out[1]])
+    pattern = Pattern("box")
+    slots = pattern.take(input)
+    c = [Letter("broadcast", channel)] if channel else []
+    slots[1] = [*c, *([Letter("windowed", window)] if window else [])]
+    set_role(slots[2], "windowed")
+    places = [pattern.new(w, size, "windowed", "positions", event.name, None, n) for n, size in enumerate(out[2:])]
+    pattern.out([slots[0], c, *places])
+    return pattern
