@@ -62,25 +62,23 @@ def copy_model(
         meta: all tensors of the copies are meta tensors; otherwise parameters are shared and other tensors cloned.
 
     Returns:
-        the model's copy, the values' copy, and id of an original tensor -> its copy.
+        the model's copy, the values' copy, and id of a copied tensor of the model -> its original.
     """
     memo: dict[int, Any] = {}
-    twins: dict[int, torch.Tensor] = {}
-    keep: list[torch.Tensor] = []
+    originals: dict[int, torch.Tensor] = {}
 
     def twin(tensor: torch.Tensor) -> torch.Tensor:
         made = to_meta(tensor) if meta else _own_copy(tensor)
-        twins[id(tensor)] = made
-        keep.append(tensor)
+        originals[id(made)] = tensor
         return made
 
     for parameter in model.parameters():
         memo[id(parameter)] = to_meta(parameter) if meta else parameter
-        twins[id(parameter)] = memo[id(parameter)]
     with _CopyTensors(twin):
         copied = copy.deepcopy(model, memo)
+        buffers = dict(originals)
         inputs = copy.deepcopy(values, memo)
-    return copied, inputs, twins
+    return copied, inputs, buffers
 
 
 @contextmanager

@@ -39,6 +39,9 @@ class _Facts:
     first: Event | None = None
     twice: bool = False
     window: bool = False
+    table: bool = False  # rows of an embedding that the input does not choose (positions)
+    repeated: bool = False
+    over: int = 0  # products of data that it is broadcast over
 
 
 # names that the user gives -------------------------------------------------------------------------------
@@ -147,58 +150,95 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
                 fact.created.append(event)
             if role == "contracted":
                 fact.contracted.append(event)
+            if pattern.kind == "contract" and role == "broadcast":
+                fact.over += 1
+            if pattern.kind == "reindex" and role == "created":
+                fact.repeated = True
+            if pattern.kind == "embedding" and role == "gathered":
+                fact.table = all(o.value.static for o in operands)
             if role == "windowed" and ins and not outs and all(operands[s].value.static for s, _, _ in ins):
                 fact.window = True
             for slot, dim, _ in ins:
                 if fact.param is None and operands[slot].value.kind == "parameter":
                     fact.param = (operands[slot].value.name, dim)
+    for event, pattern, axes in made:
+        if pattern.kind in ("slice", "cat"):
+            _inherit(facts, [entry[0] for entry in axes.found.values() if entry[1] == "joined"])
+
+
+def _inherit(facts: dict[int, _Facts], joined: list[Atom]) -> None:
+    """The parts of a sum are made by what makes the sum (a fused q, k, v map)."""
+    for atom in joined:
+        for _, _, parts in atom.parts:
+            for leaf in leaves(parts):
+                mine, whole = facts.get(id(leaf)), facts[id(atom)]
+                if mine is not None:
+                    mine.created = mine.created or whole.created
+                    mine.param = mine.param or whole.param
+                    mine.roles |= {pair for pair in whole.roles if pair[1] == "created"}
 
 
 def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
-    kinds_roles = fact.roles
-    roles = {role for _, role in kinds_roles}
-    kinds = {kind for kind, _ in kinds_roles}
+    has = fact.roles.__contains__
+    roles = {role for _, role in fact.roles}
+    kinds = {kind for kind, _ in fact.roles}
+    learned = [event for event in fact.contracted if _is_linear(event)]
+    linear = has(("linear", "created")) or has(("linear", "contracted"))
     if fact.window and not fact.inputs:
         return "window"
     if "windowed" in roles and kinds & {"conv", "pool", "resize"}:
         return "spatial"
-    if any(dim == 0 and len(value.shape) > 1 for value, dim in fact.inputs) and not (
-        roles - {"broadcast", "diagonal", "normalised", "reduced", "opaque"}
-    ) and "contract" not in {k for k, r in kinds_roles if r in ("reduced", "contracted")}:
+    if _is_batch(fact, linear):
         return "batch"
-    embedded = ("embedding", "gathered") in kinds_roles
-    if embedded and fact.param is not None and fact.param[1] == 0:
+    if fact.table:
+        return ""
+    if has(("embedding", "gathered")) and fact.param is not None and fact.param[1] == 0:
         return "vocab"
-    learned = [e for e in fact.contracted if e in fact.contracted and _is_linear(e)]
     if fact.twice and not fact.created and not learned:
         return "position"
-    if ("softmax", "normalised") in kinds_roles and ("contract", "contracted") in kinds_roles and not fact.created:
+    if has(("softmax", "normalised")) and has(("contract", "contracted")) and not fact.created:
         return "position"
-    if ("conv", "created") in kinds_roles or ("conv", "contracted") in kinds_roles:
+    if (has(("conv", "created")) or has(("conv", "contracted"))) and not (linear and has(("norm", "normalised"))):
         return "channel"
     if fact.created or learned:
-        if ("contract", "contracted") in kinds_roles:
-            return "head_size"
-        if ("contract", "diagonal") in kinds_roles and fact.param is not None:
-            return "head"
-        if ("norm", "normalised") in kinds_roles or ("embedding", "created") in kinds_roles:
-            return "width"
-        if len(fact.created) > 2 or len(fact.contracted) > 2:
-            return "width"
-        if ("contract", "broadcast") in kinds_roles and learned:
-            return "head_size"
-        if fact.created and not learned and is_output:
-            return "class"
-        if fact.created and learned and not fact.inputs:
-            return "hidden"
+        return _learned_kind(fact, learned, is_output)
+    if any(value.dtype.startswith("int") or dim > 0 for value, dim in fact.inputs):
+        return "position"
+    if roles & {"ordered", "indexed"} and kinds & {"create", "scan", "embedding"}:
+        return "position"
+    return "position" if has(("contract", "contracted")) and fact.param is None else ""
+
+
+def _is_batch(fact: _Facts, linear: bool) -> bool:
+    """The first dimension of an input of several, where nothing is computed along it."""
+    return (
+        any(dim == 0 and len(value.shape) > 1 for value, dim in fact.inputs)
+        and not linear
+        and not {("gather", "gathered"), ("scatter", "ordered"), ("scatter", "gathered"), ("contract", "contracted"),
+                 ("softmax", "normalised"), ("scan", "ordered"), ("embedding", "gathered")} & fact.roles
+    )
+
+
+def _learned_kind(fact: _Facts, learned: list[Event], is_output: bool) -> str:
+    """Kinds of the axes that linear maps make and read."""
+    has = fact.roles.__contains__
+    if has(("norm", "normalised")) and len(fact.created) + len(learned) > 2 or has(("embedding", "created")):
         return "width"
-    if fact.inputs and any(value.dtype.startswith("int") or dim > 0 for value, dim in fact.inputs):
-        return "position"
-    if roles & {"ordered", "indexed"} and kinds & {"create", "scan", "embedding"} and atom.size > 1:
-        return "position"
-    if ("softmax", "normalised") in kinds_roles or ("contract", "contracted") in kinds_roles:
-        return "position"
-    return ""
+    if has(("contract", "contracted")):
+        return "head_size"
+    if (fact.repeated or fact.over > 1) and fact.param is not None and learned != fact.contracted[:0]:
+        return "group"
+    if has(("contract", "diagonal")) and fact.param is not None:
+        return "head"
+    if len(fact.created) > 2 or len(fact.contracted) > 2:
+        return "width"
+    if has(("contract", "broadcast")) and learned:
+        return "head_size"
+    if fact.created and not learned and is_output:
+        return "class"
+    if fact.created and learned and not fact.inputs:
+        return "hidden"
+    return "width"
 
 
 def _is_linear(event: Event) -> bool:
@@ -232,6 +272,7 @@ _LABELS = {
     "vocab": "v",
     "class": "n",
     "window": "w",
+    "group": "g",
 }
 
 

@@ -39,13 +39,16 @@ _VIEWS = frozenset(
     "unsafe_chunk atleast_1d atleast_2d atleast_3d broadcast_tensors squeeze_ unsqueeze_ transpose_ t_ swapaxes_ "
     "detach_ type_as cpu cuda requires_grad_ conj pixel_shuffle".split()
 )
+_LARGE = 1 << 20
+"""Numbers of more entries than this are not computed in a meta run."""
 _KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
 
 
 class _Entry:
-    """What is known of one live tensor object: its value now, and what it is a view of."""
+    """What is known of one live tensor object: its value now, what it is a view of, and on meta, where it depends on
+    no input and no parameter, its numbers."""
 
-    __slots__ = ("number", "parent", "ref", "seen", "value", "version", "view")
+    __slots__ = ("number", "parent", "real", "ref", "seen", "value", "version", "view")
 
     def __init__(self, ref: Any, value: Value) -> None:
         self.ref = ref
@@ -55,13 +58,23 @@ class _Entry:
         self.view: Event | None = None
         self.number = 0
         self.seen = 0
+        self.real: torch.Tensor | None = None
 
 
 class _Recorder(TorchFunctionMode):
     """Sees every torch function of a run."""
 
-    def __init__(self, root: torch.nn.Module, *, meta: bool, device: torch.device, constants: dict[int, str]) -> None:
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        *,
+        meta: bool,
+        device: torch.device,
+        constants: dict[int, str],
+        real: dict[int, torch.Tensor],
+    ) -> None:
         super().__init__()
+        self.real = real
         self.meta = meta
         self.device = device
         self.module_names = {id(module): name for name, module in root.named_modules()}
@@ -151,6 +164,7 @@ class _Recorder(TorchFunctionMode):
             return
         entry.view = self._replay(view, parent.value)
         entry.value = entry.view.outs[entry.number]
+        entry.real = None
         entry.seen = parent.version
         entry.version += 1
 
@@ -179,6 +193,7 @@ class _Recorder(TorchFunctionMode):
             Event("write", rules.write, (entry.view, *operands), {}, operands, [out], block, self.nest.source())
         )
         parent.value = out
+        parent.real = None
         self._written(parent, block)
         entry.seen = parent.version
 
@@ -206,7 +221,11 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         template = self._template(args, operands)
         named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else kwargs
-        result = func(*args, **kwargs)
+        real: list[torch.Tensor] | None = None
+        if self.meta:
+            result, real = self._on_meta(name, func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         if name == "setitem":
             result = args[0]
         elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
@@ -220,6 +239,9 @@ class _Recorder(TorchFunctionMode):
         if name in _KEEPS_PLACE:
             return result
         self._record(name, rule, template, named, operands, args, kwargs, tensors)
+        if real is not None and len(real) == len(tensors):
+            for tensor, number in zip(tensors, real, strict=True):
+                self.entries[id(tensor)].real = number if number.shape == tensor.shape else None
         return result if name != "setitem" else None
 
     def _record(
@@ -243,6 +265,7 @@ class _Recorder(TorchFunctionMode):
             known = self.entries.get(id(tensor))
             if known is not None and known.ref() is tensor:
                 known.value = out
+                known.real = None
                 if kwargs.get("out") is not None or (rules.in_place(name) and tensor is first and name not in _VIEWS):
                     self._written(known, block)
                 continue
@@ -291,6 +314,59 @@ class _Recorder(TorchFunctionMode):
             args = tuple("meta" if isinstance(a, torch.device) or _is_device(a) else a for a in args)
         return args, kwargs
 
+    def _on_meta(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor] | None]:
+        """The call on meta tensors, and its numbers where it depends on no input and no parameter.
+
+        Control flow over positions, masks and the like needs such numbers; they are small, and computed on the CPU.
+        """
+        numbers = self._numbers(name, args, kwargs)
+        if numbers is None:
+            return func(*args, **kwargs), None
+        try:
+            result = func(*args, **kwargs)
+            if any(t.numel() > _LARGE for _, t in tensors_in(result, torch.Tensor)):
+                return result, None
+            real = func(*numbers[0], **numbers[1])
+        except (RuntimeError, NotImplementedError):
+            real = func(*numbers[0], **numbers[1])
+            result = _map(real, to_meta)
+        if name == "setitem":
+            return None, [numbers[0][0]]
+        return result, [tensor for _, tensor in tensors_in(real, torch.Tensor)]
+
+    def _numbers(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """The call's arguments with numbers for tensors; None where one has none."""
+        writes = rules.in_place(name)
+        tensors = 0
+        for _, tensor in tensors_in((args, kwargs), torch.Tensor):
+            tensors += 1
+            if self._known(tensor) is None:
+                return None
+        if not tensors and (name not in _FACTORIES or name.startswith(("rand", "normal", "empty"))):
+            return None
+
+        def number(tensor: torch.Tensor) -> torch.Tensor:
+            known = self._known(tensor)
+            assert known is not None
+            return known.clone() if writes and tensor is args[0] else known
+
+        numbers = _map(tuple(args), number), _map(dict(kwargs), number)
+        if numbers[1].get("device") is not None:
+            numbers[1]["device"] = "cpu"
+        if name == "to":
+            numbers = tuple("cpu" if isinstance(a, str) and a == "meta" else a for a in numbers[0]), numbers[1]
+        return numbers
+
+    def _known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        entry = self.entries.get(id(tensor))
+        if entry is not None and entry.ref() is tensor:
+            self._refresh(entry)
+            return entry.real
+        known = self.real.get(id(tensor))
+        if known is not None:
+            self.entry(tensor).real = known
+        return known
+
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
             return tensor
@@ -298,6 +374,8 @@ class _Recorder(TorchFunctionMode):
         if known is None:
             twin = to_meta(tensor)
             known = self.twins[id(tensor)] = (tensor, twin)
+            if tensor.numel() <= _LARGE and tensor.device.type == "cpu":
+                self.real[id(twin)] = tensor
             if id(tensor) in self.entries:
                 self._bind(twin, self.entries[id(tensor)].value)
             elif id(tensor) in self.constants:
@@ -539,7 +617,7 @@ def _finish(recording: Recording, model: torch.nn.Module, names: Mapping[str, st
 def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, meta: bool) -> Recording:
     """Run a copy of the module, recording."""
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    copied, (args, kwargs), twins = copy_model(model, (args, kwargs), meta=meta)
+    copied, (args, kwargs), originals = copy_model(model, (args, kwargs), meta=meta)
     constants = {
         id(tensor): f"{path}.{key}" if path else key
         for path, module in copied.named_modules()
@@ -547,8 +625,8 @@ def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         if key[:1] != "_" and not isinstance(value, torch.nn.Module) and not callable(value)
         for key, tensor in tensors_in(value, torch.Tensor, key)
     }
-    recorder = _Recorder(copied, meta=meta, device=device, constants=constants)
-    recorder.keep = (copied, twins)  # type: ignore[attr-defined]
+    real = {key: t for key, t in originals.items() if not t.is_meta and t.numel() <= _LARGE and t.device.type == "cpu"}
+    recorder = _Recorder(copied, meta=meta, device=device, constants=constants, real=real)
     for name, tensor in _named_inputs(copied, args, kwargs):
         recorder.recording.inputs.append(recorder.add(tensor, recorder._name(name), "input"))
     hooks = (

@@ -210,7 +210,8 @@ def _tensors(tensors: Any, more: Sequence[Any]) -> list[Operand]:
 
 def cat(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
     """Dimensions put end to end: a sum of wires."""
-    operands = [o for o in _tensors(tensors, ()) if o.shape != (0,)]
+    every = _tensors(tensors, ())
+    operands = [o for o in every if o.shape != (0,)]
     if event.fn in ("hstack", "vstack", "dstack", "column_stack", "row_stack"):
         dim = {"hstack": 1 if operands[0].ndim > 1 else 0, "vstack": 0, "row_stack": 0}.get(event.fn, 99)
         if any(o.ndim < 2 and event.fn != "hstack" for o in operands) or dim == 99:
@@ -220,7 +221,10 @@ def cat(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
     slots = _paired(w, pattern, operands, axis)
     joined: list[Dim] = [operand.dims[axis] for operand in operands]
     whole = w.sum(joined, [operand.shape[axis] for operand in operands], "cat", event.name)
-    for operand in operands:
+    for operand in every:
+        if operand.shape == (0,):
+            pattern.take(operand, "joined")
+            continue
         pattern.ins[operand.slot][axis] = [Letter("joined", operand.dims[axis])] if operand.dims[axis] else []
     slots[axis] = [Letter("joined", whole)] if whole else []
     pattern.out(slots)
