@@ -61,7 +61,7 @@ class _Entry:
         self.real: torch.Tensor | None = None
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Sees every torch function of a run."""
 
     def __init__(
@@ -222,10 +222,11 @@ class _Recorder(TorchFunctionMode):
         template = self._template(args, operands)
         named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else kwargs
         real: list[torch.Tensor] | None = None
+        before: Any = None
         if self.meta:
             result, real = self._on_meta(name, func, args, kwargs)
         else:
-            result = func(*args, **kwargs)
+            before, result = self.call(name, func, args, kwargs)
         if name == "setitem":
             result = args[0]
         elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
@@ -238,7 +239,8 @@ class _Recorder(TorchFunctionMode):
             tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         if name in _KEEPS_PLACE:
             return result
-        self._record(name, rule, template, named, operands, args, kwargs, tensors)
+        event = self._record(name, rule, template, named, operands, args, kwargs, tensors)
+        self.after(event, func, before, tensors)
         if real is not None and len(real) == len(tensors):
             for tensor, number in zip(tensors, real, strict=True):
                 self.entries[id(tensor)].real = number if number.shape == tensor.shape else None
@@ -254,7 +256,7 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[torch.Tensor],
-    ) -> None:
+    ) -> Event:
         block = self.nest.here(sys._getframe(2))
         outs = [Value("", tuple(tensor.shape), str(tensor.dtype)[6:], "value") for tensor in tensors]
         self.recording.values.extend(outs)
@@ -275,6 +277,14 @@ class _Recorder(TorchFunctionMode):
                 entry.view = event
                 entry.number = number
                 entry.seen = entry.parent.version if entry.parent else 0
+        return event
+
+    def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Run the function; what `after` shall know of its arguments, and its result."""
+        return None, func(*args, **kwargs)
+
+    def after(self, event: Event, func: Any, before: Any, results: list[torch.Tensor]) -> None:
+        """A function has run and was recorded."""
 
     def _composite(self, name: str, replacement: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         self.nest.enter(self._inside(name), name, "function", "torch", "", sys._getframe(1))
@@ -475,7 +485,7 @@ def _swap(value: Any, swap: dict[int, Operand]) -> Any:
     return value
 
 
-nest.BOUNDARIES.add(_Recorder._composite.__code__)
+nest.BOUNDARIES.add(Recorder._composite.__code__)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -514,10 +524,10 @@ def trace(
     if device != "live":
         try:
             with random_state():
-                return _finish(_run(model, args, kwargs, meta=True), model, names)
+                return build(record(model, args, kwargs, meta=True)[0].recording, model, names)
         except InputError:
             raise
-        except _RunError as failure:
+        except RunError as failure:
             if device == "meta":
                 raise failure.to_user(model, "on the meta device; try device='live'", names) from failure.cause
             reason = f"{type(failure.cause).__name__}: {failure.cause}"
@@ -536,8 +546,8 @@ def trace(
         )
     try:
         with random_state():
-            return _finish(_run(model, args, kwargs, meta=False), model, names)
-    except _RunError as failure:
+            return build(record(model, args, kwargs, meta=False)[0].recording, model, names)
+    except RunError as failure:
         raise failure.to_user(model, "", names) from failure.cause
 
 
@@ -580,10 +590,10 @@ def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: st
         )
 
 
-class _RunError(Exception):
+class RunError(Exception):
     """The forward raised."""
 
-    def __init__(self, recorder: _Recorder, module: str, cause: BaseException) -> None:
+    def __init__(self, recorder: Recorder, module: str, cause: BaseException) -> None:
         super().__init__(str(cause))
         self.recorder = recorder
         self.module = module
@@ -610,14 +620,30 @@ class _RunError(Exception):
         return TraceError(message, module=self.module, source=source, circuit=circuit)
 
 
-def _finish(recording: Recording, model: torch.nn.Module, names: Mapping[str, str] | None) -> Circuit:
-    return build(recording, model, names)
+def record(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    meta: bool,
+    recorder_class: type[Recorder] | None = None,
+    prepare: Callable[[torch.nn.Module, Any], Any] | None = None,
+) -> tuple[Recorder, Any]:
+    """Run a copy of the module, recording.
 
+    Args:
+        model, args, kwargs: as `trace` got them.
+        meta: on meta tensors.
+        recorder_class: watches the run.
+        prepare: changes the copied module and inputs before the run; gives the inputs back.
 
-def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, meta: bool) -> Recording:
-    """Run a copy of the module, recording."""
+    Returns:
+        the recorder, and the module's output.
+    """
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     copied, (args, kwargs), originals = copy_model(model, (args, kwargs), meta=meta)
+    if prepare is not None:
+        args, kwargs = prepare(copied, (args, kwargs))
     constants = {
         id(tensor): f"{path}.{key}" if path else key
         for path, module in copied.named_modules()
@@ -626,7 +652,7 @@ def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         for key, tensor in tensors_in(value, torch.Tensor, key)
     }
     real = {key: t for key, t in originals.items() if not t.is_meta and t.numel() <= _LARGE and t.device.type == "cpu"}
-    recorder = _Recorder(copied, meta=meta, device=device, constants=constants, real=real)
+    recorder = (recorder_class or Recorder)(copied, meta=meta, device=device, constants=constants, real=real)
     for name, tensor in _named_inputs(copied, args, kwargs):
         recorder.recording.inputs.append(recorder.add(tensor, recorder._name(name), "input"))
     hooks = (
@@ -639,7 +665,7 @@ def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     except Exception as error:
         failure = recorder.failure
         path = failure[1] if failure is not None and failure[0] is error else ""
-        raise _RunError(recorder, path, error) from error
+        raise RunError(recorder, path, error) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -652,7 +678,7 @@ def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             f"{type(model).__name__}.forward returned no tensor (a {type(output).__name__}); "
             "there is no wire to draw. Trace the part of it that computes"
         )
-    return recorder.recording
+    return recorder, output
 
 
 def _named_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:

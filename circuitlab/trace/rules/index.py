@@ -332,56 +332,46 @@ def recurrent(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any)
     set_role(slots[time], "ordered")
     set_role(slots[-1], "contracted")
     per_cell = len(weights) // (layers * directions)
-    if per_cell != (4 if biases else 2):
+    if per_cell != (4 if biases else 2) or hidden == 1:
         raise NoRuleError  # projections
-    below = input.dims[-1]
-    number = 0
-    cells: list[list[Letter]] = []
-    for _ in range(layers):
-        outs: list[list[Letter]] = []
-        for _ in range(directions):
-            cell = weights[number : number + per_cell]
-            number += per_cell
-            outs.append(_cell(w, pattern, cell, below, hidden))
-        cells.extend(outs)
-        below = (
-            outs[0][0].atoms
-            if directions == 1
-            else w.sum([letters[0].atoms for letters in outs], [hidden] * 2, "cat", event.name)
-        )
-    for state in states:
-        own = pattern.take(state, "ordered")
+    # states of all layers and directions stand in one tensor, entry by entry: one hidden wire
+    state = states[0].dims[-1]
+    below: list[Letter] = slots[-1]
+    for layer in range(layers):
+        for direction in range(directions):
+            start = (layer * directions + direction) * per_cell
+            _cell(w, pattern, weights[start : start + per_cell], below, state, hidden)
+        both = w.sum([state] * directions, [hidden] * directions, "cat", event.name)
+        below = [Letter("joined", both)]
+    for tensor in states:
+        own = pattern.take(tensor, "ordered")
+        w.unify(tensor.dims[-1], state)
+        set_role(own[-1], "joined")
         if batch is not None and own[-2]:
-            w.unify(state.dims[-2], input.dims[batch])
+            w.unify(tensor.dims[-2], input.dims[batch])
             own[-2] = slots[batch]
             set_role(slots[batch], "diagonal")
-        if layers * directions == 1 and own[-1]:
-            w.unify(state.dims[-1], cells[0][0].atoms)
-            set_role(own[-1], "contracted")
-    out = list(slots)
-    out[-1] = cells[-1] if directions == 1 else [Letter("joined", below)]
-    pattern.out(out)
-    for state in event.outs[1:]:
-        last = cells[0] if layers * directions == 1 else pattern.new(w, hidden, "opaque", "state", event.name)
-        lead = pattern.new(w, state.shape[0], "ordered", "layers", event.name)
-        pattern.out([lead, *([slots[batch]] if batch is not None else []), last])
+    pattern.out([*slots[:-1], below])
+    for tensor in event.outs[1:]:
+        lead = pattern.new(w, tensor.shape[0], "ordered", "layers", event.name)
+        pattern.out([lead, *([slots[batch]] if batch is not None else []), [Letter("joined", state)]])
     return pattern
 
 
-def _cell(w: Wires, pattern: Pattern, cell: Sequence[Any], below: Any, hidden: int) -> list[Letter]:
-    """Unify the parameters of one layer in one direction; the letter of its hidden wire."""
-    if hidden == 1:
-        raise NoRuleError
+def _cell(
+    w: Wires, pattern: Pattern, cell: Sequence[Any], below: list[Letter], state: Any, hidden: int
+) -> None:
+    """Unify the parameters of one layer in one direction: each gate is a part with the hidden wire."""
     inward, recurrent_, *biases = cell
-    if inward.dims[1]:
-        w.unify(inward.dims[1], below)
-    state = recurrent_.dims[1]
+    if below:
+        w.unify(inward.dims[1], below[0].atoms)
+    w.unify(recurrent_.dims[1], state)
     for parameter in (inward, recurrent_, *biases):
-        gates = parameter.shape[0] // hidden
-        for gate in range(gates):
+        for gate in range(parameter.shape[0] // hidden):
             w.unify(w.slice(parameter.dims[0], gate * hidden, (gate + 1) * hidden), state)
         own: Slots = [[Letter("joined", parameter.dims[0])]]
-        if parameter.ndim == 2:
-            own.append([Letter("contracted", parameter.dims[1])] if parameter.dims[1] else [])
+        if parameter is inward:
+            own.append(below)
+        elif parameter is recurrent_:
+            own.append([Letter("joined", state)])
         pattern.ins[parameter.slot] = own
-    return [Letter("created", state)]
