@@ -7,6 +7,7 @@ statistics, lists) is written to the copy. In a meta copy every tensor is a meta
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -98,3 +99,15 @@ def random_state() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Leave out the collection of reference cycles: building thousands of small objects sets it off again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

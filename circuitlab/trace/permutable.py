@@ -80,12 +80,15 @@ def permutability(
         if tensor.kind == "constant" or (tensor.kind == "buffer" and tensor.name not in statistics):
             for wire in _deep(tensor, wires):
                 why.setdefault(wire, f"the {tensor.kind} {tensor.name!r} has it, which is no parameter")
+    holders = _holders(tensors, wires)
     for wire in wires.values():
         if wire.parts:
             why.setdefault(wire.name, "it is a sum of parts; those may be permutable one by one")
-        elif not _reachable(wire.name, wires, tensors, places):
-            why.setdefault(wire.name, "no parameter has it" if wire.name not in places else
-                           "it lies inside a part that cannot be told apart in a parameter")
+        elif wire.name not in holders:
+            why.setdefault(wire.name, "no parameter has it")
+        elif holders[wire.name] != {place[0] for place in places.get(wire.name, ())}:
+            # every parameter that has the wire must have it at a place that `places` can name
+            why.setdefault(wire.name, "it lies inside a part that cannot be told apart in a parameter")
     # a sum that is pinned pins its parts
     for wire in wires.values():
         reason = why.get(wire.name, "")
@@ -108,13 +111,11 @@ def _deep(tensor: Tensor, wires: dict[str, Wire]) -> set[str]:
     return found
 
 
-def _reachable(name: str, wires: dict[str, Wire], tensors: tuple[Tensor, ...], places: WherePlaces) -> bool:
-    """Whether every parameter that has the wire has it at a place that `places` can name."""
-    if name not in places:
-        return False
-    listed = {place[0] for place in places[name]}
-    return all(
-        tensor.name in listed
-        for tensor in tensors
-        if tensor.kind in ("parameter", "buffer") and name in _deep(tensor, wires)
-    )
+def _holders(tensors: tuple[Tensor, ...], wires: dict[str, Wire]) -> dict[str, set[str]]:
+    """Wire -> the parameters and buffers that have it, in whatever part."""
+    found: dict[str, set[str]] = {}
+    for tensor in tensors:
+        if tensor.kind in ("parameter", "buffer"):
+            for name in _deep(tensor, wires):
+                found.setdefault(name, set()).add(tensor.name)
+    return found

@@ -23,7 +23,7 @@ from circuitlab.errors import InputError, TraceError
 from circuitlab.trace import compose, nest, rules
 from circuitlab.trace.build import build
 from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
-from circuitlab.trace.guard import copy_model, random_state, to_meta
+from circuitlab.trace.guard import copy_model, no_collection, random_state, to_meta
 
 _FACTORIES = frozenset(
     "zeros ones full empty arange range linspace logspace eye rand randn randint randperm tensor as_tensor "
@@ -523,7 +523,7 @@ def trace(
     reason = ""
     if device != "live":
         try:
-            with random_state():
+            with random_state(), no_collection():
                 return build(record(model, args, kwargs, meta=True)[0].recording, model, names)
         except InputError:
             raise
@@ -546,7 +546,9 @@ def trace(
         )
     try:
         with random_state():
-            return build(record(model, args, kwargs, meta=False)[0].recording, model, names)
+            recorder, _ = record(model, args, kwargs, meta=False)
+        with no_collection():
+            return build(recorder.recording, model, names)
     except RunError as failure:
         raise failure.to_user(model, "", names) from failure.cause
 
