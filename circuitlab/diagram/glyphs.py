@@ -1,0 +1,340 @@
+"""How each kind of node is drawn, between the left and right edge of its column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from circuitlab.diagram.metrics import width
+from circuitlab.diagram.pen import Pen, number
+from circuitlab.diagram.place import TRACK, Places
+from circuitlab.diagram.reduce import Band, Node
+from circuitlab.diagram.scene import Mark
+
+_FLOATING = {"elementwise", "mask"}
+
+
+def node_width(node: Node, places: Places) -> float:
+    """How wide a node's column must be."""
+    bend = max(
+        (abs(places.track_y(a, i) - places.track_y(b, o)) for a, i, b, o in node.passes), default=0.0
+    )
+    curve = min(max(bend * 0.45, 0.0), 64.0) + (14.0 if bend > 1 else 0.0)
+    label = width(node.label, 12, "title")
+    if node.kind in ("input", "output"):
+        return 8.0
+    if node.kind == "copy":
+        return max(12.0, curve)
+    if node.kind in _FLOATING:
+        return max(26.0 if node.kind == "mask" else label + 32.0, curve)
+    if node.kind == "merge":
+        return max(18.0, curve)
+    if node.kind == "linear":
+        return max(44.0 + max(width(node.upper, 11) - 12, 0), curve + 14)
+    if node.kind == "contract":
+        return max(44.0 + (width(node.label, 12) if node.label else 0), curve + 10)
+    if node.kind == "block":
+        return max(label + 26.0, 56.0) + (30.0 if node.count > 1 else 0)
+    if node.kind == "softmax":
+        return max(58.0, curve)
+    if node.kind == "norm":
+        return max(34.0, curve)
+    if node.kind == "embedding":
+        return 30.0
+    if node.kind == "conv":
+        return max(label + 22.0, 40.0, curve)
+    if node.kind == "bar":
+        return max(22.0, curve)
+    return max(label + 18.0, 34.0, curve)
+
+
+@dataclass
+class Spot:
+    """Where a node is drawn: the edges of its column."""
+
+    node: Node
+    left: float
+    right: float
+    places: Places
+
+    @property
+    def middle(self) -> float:
+        """Centre of the column."""
+        return (self.left + self.right) / 2
+
+    def heights(self, bands: list[Band]) -> list[float]:
+        """Heights of the tracks of some bands that end or begin here."""
+        return [self.places.track_y(band, n) for band in bands for n in self.node.acted(band)]
+
+    @property
+    def all_heights(self) -> list[float]:
+        """Heights of every track that touches the node."""
+        bands = [*self.node.ins, *self.node.outs]
+        return [self.places.track_y(band, n) for band in bands for n in range(len(band.tracks))]
+
+
+def draw_node(pen: Pen, spot: Spot) -> None:
+    """Passing wires, then the glyph."""
+    node = spot.node
+    if node.kind in ("input", "output"):
+        return
+    start = len(pen.marks)
+    _passing(pen, spot)
+    draw = {
+        "copy": _copy, "merge": _merge, "contract": _contract, "softmax": _softmax, "norm": _norm, "linear": _linear,
+        "embedding": _linear, "elementwise": _elementwise, "mask": _elementwise, "block": _block, "bar": _bar,
+        "index": _index, "reduce": _reduce, "conv": _conv,
+    }.get(node.kind, _box)
+    draw(pen, spot)
+    from dataclasses import replace
+
+    name = node.op or node.block
+    for at in range(start, len(pen.marks)):
+        mark = pen.marks[at]
+        if mark.role not in ("wire", "dot", "label"):
+            pen.marks[at] = replace(mark, op=node.op, block=node.block if node.kind == "block" else mark.block or node.block,
+                                    id=mark.id or (name if mark.role == "block" else ""))
+
+
+def _passing(pen: Pen, spot: Spot) -> None:
+    for a, i, b, o in spot.node.passes:
+        y0, y1 = spot.places.track_y(a, i), spot.places.track_y(b, o)
+        pen.wire(b.tracks[o], [(spot.left, y0), (spot.right, y1)])
+
+
+def _leads(pen: Pen, spot: Spot, left: float, right: float) -> None:
+    """Wires that end at the glyph's left edge, or begin at its right edge."""
+    for band in spot.node.ins:
+        for n in spot.node.acted(band):
+            y = spot.places.track_y(band, n)
+            pen.wire(band.tracks[n], [(spot.left, y), (left, y)])
+    for band in spot.node.outs:
+        for n in spot.node.acted(band):
+            y = spot.places.track_y(band, n)
+            pen.wire(band.tracks[n], [(right, y), (spot.right, y)])
+
+
+def _copy(pen: Pen, spot: Spot) -> None:
+    if len(spot.node.outs) > 1:
+        for band in spot.node.ins:
+            for n, track in enumerate(band.tracks):
+                pen.dot(spot.left, spot.places.track_y(band, n), track)
+
+
+def _merge(pen: Pen, spot: Spot) -> None:
+    for band in spot.node.outs:
+        for n, track in enumerate(band.tracks):
+            pen.dot(spot.right, spot.places.track_y(band, n), track)
+    if spot.node.outs:
+        y = min(spot.places.track_y(band, 0) for band in spot.node.outs)
+        pen.text(spot.right, y - 9, spot.node.label, size=17 if len(spot.node.label) < 2 else 12, font="label")
+
+
+def _contract(pen: Pen, spot: Spot) -> None:
+    node, places = spot.node, spot.places
+    shared: dict[tuple[int, int], int] = {}
+    for _, _, b, o in node.passes:
+        shared[id(b), o] = shared.get((id(b), o), 0) + 1
+    for (key, o), count in shared.items():
+        if count > 1:
+            band = next(b for b in node.outs if id(b) == key)
+            pen.dot(spot.right, places.track_y(band, o), band.tracks[o])
+    paired: set[tuple[int, int]] = set()
+    apex = spot.left + 20.0
+    for (a, i), (b, j) in node.pairs:
+        y0, y1 = sorted((places.track_y(a, i), places.track_y(b, j)))
+        paired |= {(id(a), i), (id(b), j)}
+        bend = min(18.0, (y1 - y0) / 2)
+        d = (f"M{number(spot.left)} {number(y0)}C{number(apex)} {number(y0)} {number(apex)} {number(y0)} "
+             f"{number(apex)} {number(y0 + bend)}V{number(y1 - bend)}"
+             f"C{number(apex)} {number(y1)} {number(apex)} {number(y1)} {number(spot.left)} {number(y1)}")
+        pen.add(Mark("path", "wire", wire=a.tracks[i].wires[0], d=d, stroke="ink", width=1.3))
+        y = (y0 + y1) / 2
+        pen.path(f"M{number(apex)} {number(y)}h9".replace("h9", f"H{number(apex + 9)}"), "glyph")
+        pen.path(f"M{number(apex + 8)} {number(y - 4)}L{number(apex + 16)} {number(y)}L{number(apex + 8)} {number(y + 4)}Z",
+                 "glyph", fill="ink", width=0.5)
+        if node.label:
+            pen.text(apex + 18, y - 5, node.label, font="label", size=12, anchor="start")
+    for band in (*node.ins, *node.outs):
+        for n in node.acted(band):
+            if (id(band), n) not in paired:
+                y = places.track_y(band, n)
+                ends = (spot.left, apex) if band in node.ins else (apex, spot.right)
+                pen.wire(band.tracks[n], [(ends[0], y), (ends[1], y)])
+
+
+def _softmax(pen: Pen, spot: Spot) -> None:
+    x = spot.middle
+    _leads(pen, spot, x - 10, x + 8)
+    ys = spot.heights(spot.node.ins)
+    for y in ys:
+        pen.path(f"M{number(x - 10)} {number(y)}L{number(x + 8)} {number(y - 10)}V{number(y + 10)}Z", "glyph", fill="paper")
+    if ys:
+        pen.text(x, max(ys) + 22, spot.node.label, size=10, font="title", fill="quiet")
+
+
+def _norm(pen: Pen, spot: Spot) -> None:
+    x = spot.middle
+    _leads(pen, spot, x - 8, x + 8)
+    ys = spot.heights(spot.node.ins) or [y for y in spot.all_heights[:1]]
+    for y in ys:
+        pen.add(Mark("circle", "glyph", x=x, y=y, r=8.5, stroke="ink", fill="norm", width=1.6))
+
+
+def _extent(spot: Spot, pad: float) -> tuple[float, float]:
+    """Vertical extent of what ends and begins here."""
+    ys = spot.heights(spot.node.ins) + spot.heights(spot.node.outs) or spot.all_heights or [0.0]
+    return min(ys) - pad, max(ys) + pad
+
+
+def _linear(pen: Pen, spot: Spot) -> None:
+    node = spot.node
+    x = spot.middle
+    half = (spot.right - spot.left) / 2 - 6
+    left, right = x - half, x + half
+    _leads(pen, spot, left, right)
+    low, high = _extent(spot, 13.0)
+    fill = "linear" if node.kind == "linear" else "conv"
+    pen.add(Mark("rect", "glyph", x=left, y=low, w=2 * half, h=high - low, r=4, fill=fill))
+    y = (low + high) / 2
+    wide = width(node.upper, 11) if node.upper else 6 if node.lower else 0
+    at = x - wide / 2 - 1
+    pen.text(at, y + 7, node.label, font="strong", size=19)
+    if node.upper:
+        pen.text(at + 8, y - 1, node.upper, font="label", size=11, anchor="start")
+    if node.lower:
+        pen.text(at + 8, y + 10, node.lower, font="label", size=12, anchor="start")
+
+
+def _elementwise(pen: Pen, spot: Spot) -> None:
+    node = spot.node
+    for band in node.ins:
+        for n in node.acted(band):
+            pen.wire(band.tracks[n], [(spot.left, spot.places.track_y(band, n)), (spot.middle, spot.places.track_y(band, n))])
+    for band in node.outs:
+        for n in node.acted(band):
+            pen.wire(band.tracks[n], [(spot.middle, spot.places.track_y(band, n)), (spot.right, spot.places.track_y(band, n))])
+    y = min(spot.all_heights, default=0.0)
+    x = spot.middle
+    if node.kind == "mask":
+        top = y - 26
+        pen.add(Mark("rect", "glyph", x=x - 7, y=top, w=14, h=14, stroke="ink", fill="paper", width=1))
+        pen.path(f"M{number(x - 7)} {number(top)}L{number(x + 7)} {number(top + 14)}H{number(x - 7)}Z", "glyph",
+                 stroke="", fill="quiet", width=0)
+        return
+    half = width(node.label, 12, "title") / 2
+    pen.text(x, y - 10, node.label, size=12, font="title")
+    for at in (x - half - 12, x + half + 3):
+        pen.path(f"M{number(at)} {number(y - 19)}L{number(at + 9)} {number(y - 14)}L{number(at)} {number(y - 9)}"
+                 f"L{number(at + 3)} {number(y - 14)}Z", "glyph", fill="ink", width=0.3)
+
+
+def _block(pen: Pen, spot: Spot) -> None:
+    node = spot.node
+    many = node.count > 1
+    left, right = spot.left + (18 if many else 3), spot.right - (22 if many else 7)
+    _leads(pen, spot, left, right)
+    low, high = _extent(spot, 16.0)
+    if high - low < 38:
+        middle = (low + high) / 2
+        low, high = middle - 19, middle + 19
+    pen.path(f"M{number(left)} {number(low)}L{number(left + 5)} {number(low - 5)}H{number(right + 5)}"
+             f"V{number(high - 5)}L{number(right)} {number(high)}V{number(low)}Z", "block", stroke="edge", fill="block",
+             width=0.9)
+    pen.add(Mark("rect", "block", id=node.block, x=left, y=low, w=right - left, h=high - low, stroke="edge",
+                 fill="block", width=0.9))
+    pen.text((left + right) / 2, (low + high) / 2 + 4, node.label, size=12, font="title")
+    if many:
+        ys = spot.all_heights
+        parentheses(pen, spot.left + 8, spot.right - 4, min([*ys, low]) - 12, max([*ys, high]) + 10, node.count)
+
+
+def parentheses(pen: Pen, left: float, right: float, low: float, high: float, count: int) -> None:
+    """Tall parentheses around what is repeated, with how often."""
+    for x, way in ((left, -1), (right, 1)):
+        pen.path(f"M{number(x)} {number(low)}Q{number(x + way * 10)} {number((low + high) / 2)} {number(x)} {number(high)}",
+                 "bracket", width=2.2)
+    pen.text(right + 2, low - 2, f"× {count}", font="label", size=14, anchor="middle", role="count")
+
+
+def _bar(pen: Pen, spot: Spot) -> None:
+    x = spot.middle
+    for band in spot.node.ins:
+        for n in spot.node.acted(band):
+            y = spot.places.track_y(band, n)
+            pen.wire(band.tracks[n], [(spot.left, y), (x, y)])
+    for band in spot.node.outs:
+        for n in spot.node.acted(band):
+            y = spot.places.track_y(band, n)
+            pen.wire(band.tracks[n], [(x, y), (spot.right, y)])
+    low, high = _extent(spot, 7.0)
+    pen.path(f"M{number(x)} {number(low)}V{number(high)}", "glyph", width=4.5)
+
+
+def _index(pen: Pen, spot: Spot) -> None:
+    node = spot.node
+    wide = max(width(node.label, 11, "title") + 10, 20)
+    left = spot.middle - wide / 2
+    _leads(pen, spot, left, left + wide + 5)
+    for y in spot.heights(node.ins)[:1]:
+        pen.path(f"M{number(left)} {number(y - 9)}H{number(left + wide - 4)}L{number(left + wide + 4)} {number(y)}"
+                 f"L{number(left + wide - 4)} {number(y + 9)}H{number(left)}Z", "glyph", fill="accent", width=0.8)
+        pen.text(left + wide / 2 - 1, y + 4, node.label, size=11, font="title", fill="paper")
+
+
+def _reduce(pen: Pen, spot: Spot) -> None:
+    x = spot.middle
+    half = width(spot.node.label, 15, "label") / 2 + 2
+    _leads(pen, spot, x - half, x + half)
+    for y in spot.heights(spot.node.ins):
+        pen.text(x, y + 5, spot.node.label, size=15, font="label")
+        pen.path(f"M{number(x + half)} {number(y - 4)}L{number(x + half + 8)} {number(y)}L{number(x + half)} {number(y + 4)}Z",
+                 "glyph", fill="ink", width=0.4)
+
+
+def _conv(pen: Pen, spot: Spot) -> None:
+    node = spot.node
+    half = (spot.right - spot.left) / 2 - 4
+    x = spot.middle
+    _leads(pen, spot, x - half, x + half)
+    low, high = _extent(spot, 5.0)
+    if high - low < 20:
+        low, high = (low + high) / 2 - 12, (low + high) / 2 + 12
+    pen.add(Mark("rect", "glyph", x=x - half, y=low, w=2 * half, h=high - low, stroke="ink", fill="conv", width=2.2))
+    y = (low + high) / 2
+    pen.text(x, y + 4, node.label + node.lower, size=12, font="title")
+    if node.upper:
+        pen.text(x + half - 2, low + 10, node.upper, size=9, font="label", anchor="end")
+
+
+def _box(pen: Pen, spot: Spot) -> None:
+    node = spot.node
+    half = (spot.right - spot.left) / 2 - 4
+    x = spot.middle
+    _leads(pen, spot, x - half, x + half)
+    low, high = _extent(spot, 12.0)
+    pen.add(Mark("rect", "glyph", x=x - half, y=low, w=2 * half, h=high - low, r=2, stroke="ink", fill="paper", width=1.2))
+    if node.kind == "opaque":
+        _hatch(pen, x - half, low, 2 * half, high - low)
+    y = (low + high) / 2
+    wide = width(node.label, 12, "title") + 6
+    if node.kind == "opaque":
+        pen.add(Mark("rect", "glyph", x=x - wide / 2, y=y - 9, w=wide, h=18, fill="paper"))
+    pen.text(x, y + 4, node.label, size=12, font="title")
+
+
+def _hatch(pen: Pen, x: float, y: float, w: float, h: float) -> None:
+    """Diagonal lines: nothing is known in here."""
+    step = 7.0
+    at = step
+    d = ""
+    while at < w + h:
+        x0, y0 = (x + at, y) if at < w else (x + w, y + at - w)
+        x1, y1 = (x, y + at) if at < h else (x + at - h, y + h)
+        d += f"M{number(x0)} {number(y0)}L{number(x1)} {number(y1)}"
+        at += step
+    pen.path(d, "hatch", stroke="opaque", width=1.0)
+
+
+def text_room(node: Node) -> float:
+    """Room that a node's label needs beside its column."""
+    return TRACK if node.kind == "merge" else 0.0

@@ -1,0 +1,527 @@
+"""Circuit -> what is drawn: reindexing gone, chains one glyph, repeats once, constants out of sight.
+
+The result is a `Drawing`: nodes in the order they ran, joined by bands. A band is one array on its way from the node
+that made it to one node that reads it; its tracks are the wires of the array. Which tracks pass a node and which end
+at it is read off the ops' axes: nothing here guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from circuitlab.circuit import Axis, Block, Circuit, Op
+from circuitlab.diagram.repeats import fold_repeats
+
+Occurrence = tuple[str, int, int]
+"""(tensor, dimension, factor)."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """A line of a band: one occurrence of a wire, or two that are drawn as one (height and width)."""
+
+    wires: tuple[str, ...]
+    places: tuple[Occurrence, ...]
+
+
+@dataclass(eq=False)
+class Band:
+    """An array between two nodes."""
+
+    tensor: str
+    tracks: list[Track]
+    source: Node
+    target: Node
+    main: bool = True
+
+
+@dataclass(eq=False)
+class Node:
+    """A glyph to be drawn.
+
+    Attributes:
+        kind: "input", "output", "copy", "linear", "contract", "elementwise", "merge" (two arrays into one, entry by
+            entry), "mask", "softmax", "norm", "reduce", "conv", "pool", "embedding", "index", "bar" (split, cat),
+            "box", "opaque" or "block".
+        label: its text. upper, lower: its superscript and subscript.
+        op, block: names of what it stands for. plates: names of the unfolded blocks around it, outermost first.
+        ins, outs: bands, from top to bottom.
+        passes: (in-band, track, out-band, track) that go through untouched.
+        pairs: ((band, track), (band, track)) that are contracted with each other.
+        count: how often it is repeated.
+    """
+
+    kind: str
+    label: str = ""
+    upper: str = ""
+    lower: str = ""
+    op: str = ""
+    block: str = ""
+    plates: tuple[str, ...] = ()
+    ins: list[Band] = field(default_factory=list[Band])
+    outs: list[Band] = field(default_factory=list[Band])
+    passes: list[tuple[Band, int, Band, int]] = field(default_factory=list["tuple[Band, int, Band, int]"])
+    pairs: list[tuple[tuple[Band, int], tuple[Band, int]]] = field(
+        default_factory=list["tuple[tuple[Band, int], tuple[Band, int]]"]
+    )
+    count: int = 1
+
+    def acted(self, band: Band) -> list[int]:
+        """Numbers of the tracks of an in- or out-band that end or begin here."""
+        passing = {track for a, track, _, _ in self.passes if a is band}
+        passing |= {track for _, _, b, track in self.passes if b is band}
+        return [number for number in range(len(band.tracks)) if number not in passing]
+
+
+@dataclass
+class Drawing:
+    """Nodes in order, bands, and the plates (unfolded blocks) with how often each is repeated."""
+
+    nodes: list[Node]
+    bands: list[Band]
+    plates: dict[str, tuple[Block, int]]
+    foldable: dict[str, str]
+
+
+@dataclass
+class _Unit:
+    """What becomes one node: some ops, or a folded block."""
+
+    ops: list[Op]
+    block: Block | None
+    plates: tuple[str, ...]
+    folded: bool
+    count: int = 1
+
+
+_RANK = {"batch": 9, "position": 0, "spatial": 0, "head": 5, "group": 6, "": 3}
+_SIMPLE = {"elementwise", "reindex", "create"}
+_QUIET_FUNCTIONS = {"linear", "contract", "softmax", "conv", "embedding", "box"}
+
+
+class Reducer:
+    """Makes the drawing of one block of a circuit."""
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        *,
+        depth: int,
+        opened: frozenset[str],
+        closed: frozenset[str],
+        batch: bool,
+    ) -> None:
+        self.circuit = circuit
+        self.opened, self.closed, self.batch, self.depth = opened, closed, batch, depth
+        self.static = _static(circuit)
+        self.aliases: dict[str, str] = {}
+        self.plates: dict[str, tuple[Block, int]] = {}
+        self.foldable: dict[str, str] = {}
+        self._seen: dict[str, tuple[str, dict[tuple[int, int], Occurrence]]] = {}
+
+    def drawing(self) -> Drawing:
+        """The drawing of the circuit's root."""
+        root = self.circuit.root
+        units = [_Unit(list(self._ops(root)), root, (), folded=True)] if self.depth == 0 else self._units(root, 1, ())
+        if self.depth == 0:
+            self.foldable[root.name] = "closed"
+        nodes, made = self._nodes(units)
+        bands = self._bands(nodes, made)
+        drawing = Drawing(nodes, bands, self.plates, self.foldable)
+        _absorb_scales(drawing, self.circuit)
+        return drawing
+
+    # what is shown ------------------------------------------------------------------------------------
+
+    def _ops(self, block: Block) -> Iterable[Op]:
+        return (self.circuit.op(name) for name in block.op_names())
+
+    def _live(self, ops: Iterable[Op]) -> list[Op]:
+        """Ops that are drawn: they depend on the inputs, and do something."""
+        return [op for op in ops if not self._hidden(op)]
+
+    def _hidden(self, op: Op) -> bool:
+        if op.kind == "reindex" or op.attrs.get("active") is False:
+            return True
+        return bool(op.outputs) and all(name in self.static for name in op.outputs)
+
+    def _units(self, block: Block, level: int, plates: tuple[str, ...]) -> list[_Unit]:
+        units: list[_Unit] = []
+        items, counts = fold_repeats(self.circuit, block, self.static, self.aliases, self.canonical)
+        self._seen.clear()
+        large = [i for i in items if isinstance(i, Block) and not self._is_glyph(i) and self._live(self._ops(i))]
+        for item, count in zip(items, counts, strict=True):
+            if isinstance(item, str):
+                op = self.circuit.op(item)
+                if not self._hidden(op):
+                    units.append(_Unit([op], None, plates, folded=False))
+                continue
+            ops = self._live(self._ops(item))
+            if not ops:
+                continue
+            if self._is_glyph(item):
+                units.append(_Unit(ops, item, plates, folded=False, count=count))
+                continue
+            free = (item.kind == "function" and self._worth_seeing(item)) or (len(large) == 1 and count == 1)
+            if self._is_open(item, level, free):
+                self.foldable[item.name] = "open"
+                inner = plates if self._is_wrapper(item) and count == 1 else (*plates, item.name)
+                if inner is not plates:
+                    self.plates[item.name] = (item, count)
+                units.extend(self._units(item, level if free else level + 1, inner))
+            else:
+                self.foldable[item.name] = "closed"
+                units.append(_Unit(ops, item, plates, folded=True, count=count))
+        return units
+
+    def _is_open(self, block: Block, level: int, free: bool) -> bool:
+        if block.name in self.closed:
+            return False
+        return block.name in self.opened or level < self.depth or free
+
+    def _worth_seeing(self, block: Block) -> bool:
+        """Functions that hold products or a softmax are steps of the architecture; others are details."""
+        ops = list(self._ops(block))
+        return len(self._live(ops)) <= 24 and any(op.kind in _QUIET_FUNCTIONS for op in ops)
+
+    def _is_wrapper(self, block: Block) -> bool:
+        """A function that hands everything on to one block is no step of its own."""
+        if block.kind != "function":
+            return False
+        inner = [i for i in block.items if not self._is_empty(i)]
+        return len(inner) == 1 and isinstance(inner[0], Block)
+
+    def _is_empty(self, item: str | Block) -> bool:
+        return not self._live([self.circuit.op(item)] if isinstance(item, str) else self._ops(item))
+
+    def _is_glyph(self, block: Block) -> bool:
+        """Blocks that come to a single glyph: one op, one elementwise function, one normalisation."""
+        live = self._live(self._ops(block))
+        if len(live) == 1:
+            return True
+        if any(op.kind not in ("elementwise", "reduce", "norm") for op in live):
+            return False
+        made = {name for op in live for name in op.outputs}
+        read = {self.canonical(n) for op in live for n in op.inputs if n not in self.static}
+        inner = {self.canonical(n) for n in made}
+        outside = [n for n in self._left(live)]
+        if len(read - inner) != 1 or len(outside) != 1:
+            return False
+        source, result = next(iter(read - inner)), outside[0]
+        return self._wires_of(source) == self._wires_of(result)
+
+    def _wires_of(self, tensor: str) -> list[str]:
+        return sorted(name for dim in self.circuit.tensor(tensor).dims for name in dim)
+
+    def _left(self, ops: Sequence[Op]) -> list[str]:
+        """What ops make that others read, or that goes out."""
+        inside = {op.name for op in ops}
+        left: dict[str, None] = {}
+        for op in ops:
+            for name in op.outputs:
+                if self._read_outside(name, inside):
+                    left[name] = None
+        return list(left)
+
+    def _read_outside(self, name: str, inside: set[str]) -> bool:
+        if name in self.circuit.outputs:
+            return True
+        for reader in self.circuit.consumers.get(name, ()):
+            op = self.circuit.op(reader)
+            if op.kind == "reindex" or op.attrs.get("active") is False:
+                if any(self._read_outside(out, inside) for out in op.outputs):
+                    return True
+            elif reader not in inside:
+                return True
+        return False
+
+    # arrays -------------------------------------------------------------------------------------------
+
+    def canonical(self, name: str) -> str:
+        """The array that a reindexed array is."""
+        return self._resolve(name)[0]
+
+    def _resolve(self, name: str) -> tuple[str, dict[tuple[int, int], Occurrence]]:
+        """The array behind reindexing, and for each (dim, factor) where that stands in it."""
+        known = self._seen.get(name)
+        if known is not None:
+            return known
+        if name in self.aliases:
+            found = self._resolve(self.aliases[name])
+            self._seen[name] = found
+            return found
+        tensor = self.circuit.tensor(name)
+        op = self.circuit.op(tensor.op) if tensor.op else None
+        if op is None or not (op.kind == "reindex" or op.attrs.get("active") is False) or not op.inputs:
+            own = {(d, f): (name, d, f) for d, dim in enumerate(tensor.dims) for f in range(len(dim))}
+            self._seen[name] = (name, own)
+            return self._seen[name]
+        number = op.outputs.index(name)
+        slot = next((s for s, n in enumerate(op.inputs) if n not in self.static), 0)
+        if len(op.inputs) > 1 and number < len(op.inputs):
+            slot = number
+        base, places = self._resolve(op.inputs[slot])
+        mapped: dict[tuple[int, int], Occurrence] = {}
+        for axis in op.axes:
+            start = next((p for p in axis.ins if p[0] == slot), None)
+            for out, dim, factor in axis.outs:
+                if out == number and start is not None and (start[1], start[2]) in places:
+                    mapped[dim, factor] = places[start[1], start[2]]
+        self._seen[name] = (base, mapped)
+        return self._seen[name]
+
+    def occurrence(self, name: str, dim: int, factor: int) -> Occurrence | None:
+        """Where an occurrence stands in the array behind reindexing; None for one made by repeating."""
+        return self._resolve(name)[1].get((dim, factor))
+
+    def tracks(self, name: str) -> list[Track]:
+        """The tracks of an array, from top to bottom: positions, features, heads, batch."""
+        tensor = self.circuit.tensor(name)
+        found = [
+            (wire, (name, d, f)) for d, dim in enumerate(tensor.dims) for f, wire in enumerate(dim)
+        ]
+        wires = self.circuit.wires
+        if not self.batch:
+            found = [pair for pair in found if wires[pair[0]].kind != "batch"]
+        found.sort(key=lambda pair: _RANK.get(wires[pair[0]].kind, 2))
+        tracks: list[Track] = []
+        for wire, place in found:
+            last = tracks[-1] if tracks else None
+            group = wires[wire].group
+            if last and group and wires[last.wires[-1]].group == group and wire not in last.wires:
+                tracks[-1] = Track((*last.wires, wire), (*last.places, place))
+            else:
+                tracks.append(Track((wire,), (place,)))
+        return tracks
+
+    # nodes --------------------------------------------------------------------------------------------
+
+    def _nodes(self, units: list[_Unit]) -> tuple[list[Node], dict[str, Node]]:
+        nodes: list[Node] = []
+        made: dict[str, Node] = {}
+        self.units: dict[int, _Unit] = {}
+        for name in self.circuit.inputs:
+            node = Node("input", label=name)
+            nodes.append(node)
+            made[self.canonical(name)] = node
+        for unit in units:
+            node = self._node(unit)
+            self.units[id(node)] = unit
+            nodes.append(node)
+            for op in unit.ops:
+                for name in op.outputs:
+                    made[name] = node
+        for name in self.circuit.outputs:
+            if self.canonical(name) in made:
+                nodes.append(Node("output", label=name))
+        return nodes, made
+
+    def _node(self, unit: _Unit) -> Node:
+        from circuitlab.diagram.signs import sign_of
+
+        if unit.folded and unit.block is not None:
+            return Node(
+                "block", label=_title(unit.block), block=unit.block.name, plates=unit.plates, count=unit.count
+            )
+        sign = sign_of(self.circuit, unit.ops, unit.block, self.static)
+        return Node(
+            sign.kind,
+            sign.label,
+            sign.upper,
+            sign.lower,
+            op=unit.ops[-1].name if len(unit.ops) == 1 else "",
+            block=unit.block.name if unit.block is not None else "",
+            plates=unit.plates,
+            count=unit.count,
+        )
+
+    # bands --------------------------------------------------------------------------------------------
+
+    def _bands(self, nodes: list[Node], made: dict[str, Node]) -> list[Band]:
+        """Join the nodes. An array that several nodes read is copied: a node of its own."""
+        readers: dict[str, list[Node]] = {}
+        order = {id(node): number for number, node in enumerate(nodes)}
+        outputs = iter([n for n in self.circuit.outputs if self.canonical(n) in made])
+        reads: dict[int, list[str]] = {}
+        for node in nodes:
+            if node.kind == "input":
+                continue
+            if node.kind == "output":
+                names = [self.canonical(next(outputs))]
+            else:
+                names = self._reads(self.units[id(node)], made, node)
+            reads[id(node)] = names
+            for name in names:
+                readers.setdefault(name, []).append(node)
+        bands: list[Band] = []
+        copies: list[tuple[Node, Node]] = []
+        band_of: dict[tuple[str, int], Band] = {}
+        for name, found in readers.items():
+            source = made[name]
+            tracks = self.tracks(name)
+            if len(found) > 1:
+                plates = source.plates
+                for reader in found:
+                    plates = _common(plates, reader.plates)
+                copy = Node("copy", plates=plates)
+                trunk = Band(name, tracks, source, copy)
+                bands.append(trunk)
+                copies.append((copy, source))
+                last = max(found, key=lambda reader: order[id(reader)])
+                for reader in found:
+                    branch = Band(name, tracks, copy, reader, main=reader is last)
+                    bands.append(branch)
+                    band_of[name, id(reader)] = branch
+                    copy.passes.extend((trunk, n, branch, n) for n in range(len(tracks)))
+            else:
+                band = Band(name, tracks, source, found[0])
+                bands.append(band)
+                band_of[name, id(found[0])] = band
+        for node in list(nodes):
+            if id(node) in reads:
+                node.ins = [band_of[name, id(node)] for name in reads[id(node)]]
+        for copy, source in copies:
+            nodes.insert(nodes.index(source) + 1, copy)
+        for band in bands:
+            band.source.outs.append(band)
+            if band.target.kind == "copy":
+                band.target.ins.append(band)
+        for node in nodes:
+            if node.kind not in ("input", "output", "copy"):
+                self._join(node)
+        return bands
+
+    def _reads(self, unit: _Unit, made: dict[str, Node], node: Node) -> list[str]:
+        """The arrays that a unit takes from elsewhere, in order."""
+        found: dict[str, None] = {}
+        for op in unit.ops:
+            for name in op.inputs:
+                base = self.canonical(name)
+                if base not in self.static and base in made and made[base] is not node:
+                    found[base] = None
+        return list(found)
+
+    def _join(self, node: Node) -> None:
+        """Which tracks pass the node, from the axes of its ops."""
+        unit = self.units[id(node)]
+        classes = _Classes()
+        touched: set[Occurrence] = set()
+        floats = node.kind in ("elementwise", "mask", "merge") and not unit.folded
+        for op in unit.ops:
+            for axis in op.axes:
+                ins = [o for s, d, f in axis.ins if op.inputs[s] not in self.static
+                       and (o := self.occurrence(op.inputs[s], d, f)) is not None]
+                outs = [(op.outputs[s], d, f) for s, d, f in axis.outs]
+                if axis.passes and ins and (floats or not self._learned(op, axis)):
+                    for one in (*ins, *outs):
+                        classes.unite(ins[0], one)
+                else:
+                    touched.update(ins)
+                    touched.update(outs)
+        touched = {classes.find(o) for o in touched}
+        outs = {place: (band, number) for band in node.outs for number, track in enumerate(band.tracks)
+                for place in track.places}
+        by_class: dict[Occurrence, list[tuple[Band, int]]] = {}
+        for place, where in outs.items():
+            by_class.setdefault(classes.find(place), []).append(where)
+        for band in node.ins:
+            for number, track in enumerate(band.tracks):
+                roots = [classes.find(place) for place in track.places]
+                if any(r in touched for r in roots):
+                    continue
+                for to, out in by_class.get(roots[0], []):
+                    if len(to.tracks[out].places) == len(track.places) and (band, number, to, out) not in node.passes:
+                        node.passes.append((band, number, to, out))
+        if node.kind == "contract":
+            self._pair(node, unit.ops[0])
+
+    def _learned(self, op: Op, axis: Axis) -> bool:
+        """Whether a parameter or constant has entries of its own for each index of the axis."""
+        return any(op.inputs[slot] in self.static for slot, _, _ in axis.ins)
+
+    def _pair(self, node: Node, op: Op) -> None:
+        where = {place: (band, number) for band in node.ins for number, track in enumerate(band.tracks)
+                 for place in track.places}
+        for axis in op.axes:
+            if axis.role == "contracted":
+                ends = [where[o] for s, d, f in axis.ins
+                        if (o := self.occurrence(op.inputs[s], d, f)) is not None and o in where]
+                if len(ends) == 2 and (ends[0], ends[1]) not in node.pairs:
+                    node.pairs.append((ends[0], ends[1]))
+
+
+class _Classes:
+    """Union-find over occurrences."""
+
+    def __init__(self) -> None:
+        self.parent: dict[Occurrence, Occurrence] = {}
+
+    def find(self, item: Occurrence) -> Occurrence:
+        while item in self.parent:
+            item = self.parent[item]
+        return item
+
+    def unite(self, one: Occurrence, other: Occurrence) -> None:
+        a, b = self.find(one), self.find(other)
+        if a != b:
+            self.parent[b] = a
+
+
+def _static(circuit: Circuit) -> frozenset[str]:
+    """Names of the arrays that depend on no input."""
+    static = {tensor.name for tensor in circuit.tensors if tensor.kind in ("parameter", "buffer", "constant")}
+    for op in circuit.ops:
+        if op.kind != "opaque" and all(name in static for name in op.inputs) and not (
+            op.kind == "random" and not op.inputs
+        ):
+            static.update(op.outputs)
+    return frozenset(static)
+
+
+def _common(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return one[:count]
+
+
+def _title(block: Block) -> str:
+    """A module's own name in its parent, and its class; a function's name."""
+    if block.kind == "function" or not block.name:
+        return block.title
+    last = block.name.split("/")[-1].split("#")[0].rpartition(".")[2]
+    return block.title if last.isdigit() else last
+
+
+def _absorb_scales(drawing: Drawing, circuit: Circuit) -> None:
+    """A scale right after a product rides on the product's arrow."""
+    for node in list(drawing.nodes):
+        if node.kind != "elementwise" or not node.op or len(node.ins) != 1 or len(node.outs) != 1:
+            continue
+        op, before = circuit.op(node.op), node.ins[0].source
+        scalar = op.attrs.get("scalar")
+        if before.kind != "contract" or op.fn not in ("mul", "div") or not isinstance(scalar, (int, float)):
+            continue
+        if before.label or len(before.outs) != 1:
+            continue
+        before.label = _scale(op.fn, float(scalar), before, circuit)
+        band, after = node.ins[0], node.outs[0]
+        moved = {track: out for a, track, _, out in node.passes if a is band}
+        if len(moved) != len(band.tracks):
+            continue
+        before.passes = [(a, i, after, moved[o]) for a, i, _, o in before.passes]
+        before.outs = [after]
+        after.source = before
+        drawing.bands.remove(band)
+        drawing.nodes.remove(node)
+
+
+def _scale(fn: str, scalar: float, product: Node, circuit: Circuit) -> str:
+    """The scale as people write it: 1/√k where it is that."""
+    factor = scalar if fn == "mul" else 1 / scalar if scalar else 0.0
+    for (band, number), _ in product.pairs:
+        wire = circuit.wires[band.tracks[number].wires[0]]
+        if abs(factor * wire.size**0.5 - 1) < 1e-6:
+            return f"· 1/√{wire.label}"
+    return f"· {factor:.3g}"

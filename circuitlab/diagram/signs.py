@@ -1,0 +1,170 @@
+"""Which glyph an op, or a small block of ops, is drawn as, and what is written on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from circuitlab.circuit import Block, Circuit, Op
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Kind of glyph, its text, superscript and subscript."""
+
+    kind: str
+    label: str = ""
+    upper: str = ""
+    lower: str = ""
+
+
+_GREEK = {"sigmoid": "σ", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "tanh": "tanh", "mul": "×", "sub": "−",
+          "div": "÷", "add": "+", "exp": "exp", "rsqrt": "1/√", "pow": "pow", "sqrt": "√", "neg": "−"}
+_REDUCTIONS = {"mean": "𝔼", "sum": "Σ", "amax": "Max", "max": "Max", "amin": "Min", "min": "Min", "nanmean": "𝔼",
+               "prod": "Π", "adaptive_avg_pool1d": "𝔼", "adaptive_avg_pool2d": "𝔼", "adaptive_avg_pool3d": "𝔼",
+               "adaptive_max_pool1d": "Max", "adaptive_max_pool2d": "Max", "logsumexp": "LSE"}
+_KINDS = {"softmax": "softmax", "norm": "norm", "reduce": "reduce", "contract": "contract", "embedding": "embedding",
+          "slice": "bar", "cat": "bar", "opaque": "opaque", "index": "index", "conv": "conv", "pool": "pool"}
+
+
+def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: frozenset[str]) -> Sign:
+    """The glyph for ops that are drawn as one."""
+    if len(ops) > 1:
+        assert block is not None
+        reduces = any(op.kind in ("reduce", "norm") for op in ops)
+        return Sign("norm" if reduces else "elementwise", _name(block))
+    op = ops[0]
+    if op.kind == "linear":
+        return Sign("linear", "L", _map_name(circuit, op), "+" if op.attrs.get("bias") else "")
+    if op.kind == "elementwise":
+        return _elementwise(circuit, op, block, static)
+    if op.kind == "reduce":
+        return Sign("reduce", _REDUCTIONS.get(op.fn, op.fn))
+    if op.kind == "conv":
+        return Sign("conv", f"★ {_window(op)}", "T" if op.attrs.get("transposed") else "", _stride(op))
+    if op.kind == "pool":
+        return Sign("pool", f"{'Max' if 'max' in op.fn else '𝔼'} {_window(op)}", "", _stride(op))
+    if op.kind == "embedding":
+        return Sign("embedding", "E")
+    if op.kind == "index":
+        index = op.attrs.get("index", "")
+        return Sign("index", _index(index))
+    if op.kind == "norm":
+        return Sign("norm", _norm_name(op, block))
+    if op.kind == "softmax":
+        return Sign("softmax", "SoftMax" if op.fn == "softmax" else op.fn)
+    if op.kind in _KINDS:
+        return Sign(_KINDS[op.kind], op.fn if op.kind in ("opaque",) else "")
+    return Sign("box", op.fn)
+
+
+def _map_name(circuit: Circuit, op: Op) -> str:
+    """Superscript of a learned map: by its wires where they tell (heads in: O; a sum of three heads out: QKV)."""
+    kinds = {axis.role: set[str]() for axis in op.axes}
+    for axis in op.axes:
+        wire = circuit.wires[axis.wire]
+        kinds[axis.role].add(wire.kind)
+        if axis.role == "created" and len(wire.parts) == 3:
+            inner = [circuit.wires[name].kind for _, _, names in wire.parts for name in names]
+            if inner.count("head_size") == 3:
+                return "QKV"
+    if "head_size" in kinds.get("contracted", ()):
+        return "O"
+    return letter_of(_parameter(circuit, op))
+
+
+def letter_of(parameter: str) -> str:
+    """A short sign for a learned map, from the last word of its module's name: q_proj -> Q, out_proj -> O."""
+    path = [part for part in parameter.split(".") if not part.isdigit()]
+    word = path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1] if path else ""
+    low = word.lower()
+    for stem, sign in (("query_key_value", "QKV"), ("qkv", "QKV"), ("c_attn", "QKV"), ("in_proj", "QKV"),
+                       ("query", "Q"), ("key", "K"), ("value", "V"), ("out", "O")):
+        if low.startswith(stem):
+            return sign
+    match = re.fullmatch(r"(?:w|to|fc|lin|linear)?_?([qkvo])(?:_?(?:proj|lin|linear|net|map))?", low)
+    if match:
+        return match[1].upper()
+    return "" if low in ("linear", "dense", "fc", "weight", "lin", "proj") or len(word) > 10 else word
+
+
+def _parameter(circuit: Circuit, op: Op) -> str:
+    """The parameter that a linear map multiplies with, through whatever is computed from it."""
+    pending, seen = list(op.inputs), set[str]()
+    while pending:
+        name = pending.pop(0)
+        tensor = circuit.tensor(name)
+        if tensor.kind == "parameter":
+            if len(tensor.shape) > 1 or len(op.inputs) == 1:
+                return name
+        elif tensor.op and name not in seen and circuit.op(tensor.op).kind in ("reindex", "norm", "elementwise"):
+            seen.add(name)
+            static = all(circuit.tensor(n).kind != "input" for n in circuit.op(tensor.op).inputs)
+            if static and len(seen) < 8:
+                pending.extend(circuit.op(tensor.op).inputs)
+    return ""
+
+
+def _elementwise(circuit: Circuit, op: Op, block: Block | None, static: frozenset[str]) -> Sign:
+    live = [name for name in op.inputs if name not in static]
+    if len(set(live)) > 1:
+        return Sign("merge", _GREEK.get(op.fn, op.fn))
+    constants = [name for name in op.inputs if name in static and circuit.tensor(name).shape]
+    if constants:
+        tensor = circuit.tensor(constants[-1])
+        source = _learned_source(circuit, constants[-1])
+        if source:
+            return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {source}")
+        if op.fn in ("masked_fill", "where") or tensor.dtype == "bool" or op.fn == "add":
+            return Sign("mask", "mask")
+    if block is not None and block.kind == "module" and op.fn not in ("mul", "add", "sub", "div"):
+        return Sign("elementwise", _name(block))
+    scalar = op.attrs.get("scalar")
+    if op.fn in ("mul", "add", "sub", "div", "pow") and isinstance(scalar, (int, float)):
+        return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {scalar:.3g}")
+    return Sign("elementwise", _GREEK.get(op.fn, op.fn))
+
+
+def _learned_source(circuit: Circuit, name: str) -> str:
+    """Name of the module or parameter that a static array comes from, "" if no parameter is in it."""
+    pending, count = [name], 0
+    while pending and count < 64:
+        count += 1
+        tensor = circuit.tensor(pending.pop())
+        if tensor.kind == "parameter":
+            path = [p for p in tensor.name.split(".") if not p.isdigit()]
+            return path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1]
+        if tensor.op:
+            pending.extend(circuit.op(tensor.op).inputs)
+    return ""
+
+
+_NICE = {"relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "sigmoid": "σ", "newgelu": "GELU", "geluactivation": "GELU",
+         "newgeluactivation": "GELU", "siluactivation": "SiLU", "fastgeluactivation": "GELU", "identity": "id"}
+
+
+def _name(block: Block) -> str:
+    return _NICE.get(block.title.lower(), block.title)
+
+
+def _norm_name(op: Op, block: Block | None) -> str:
+    return block.title if block is not None and block.kind == "module" else op.fn
+
+
+def _window(op: Op) -> str:
+    sizes = op.attrs.get("kernel") or ()
+    unique = set(sizes)
+    return str(sizes[0]) if len(unique) == 1 else "×".join(map(str, sizes))
+
+
+def _stride(op: Op) -> str:
+    strides = set(op.attrs.get("stride") or ())
+    return "" if strides <= {1} else "/" + ",".join(map(str, sorted(strides)))
+
+
+def _index(index: object) -> str:
+    if isinstance(index, (tuple, list)):
+        return ",".join(_index(item) if not isinstance(item, (tuple, list)) else ":".join(map(str, item))
+                        for item in index)
+    return str(index) if index is not None else ""
