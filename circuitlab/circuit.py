@@ -15,6 +15,7 @@ This module imports no torch. A circuit is a value: compare it, pickle it, write
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 from collections.abc import Iterator, Mapping
@@ -238,7 +239,7 @@ class Circuit:
         try:
             return self._block_by_name[name]
         except KeyError:
-            raise _unknown("block", name, list(self._block_by_name)) from None
+            raise unknown("block", name, list(self._block_by_name)) from None
 
     @cached_property
     def consumers(self) -> dict[str, tuple[str, ...]]:
@@ -388,9 +389,8 @@ def _late(module: str) -> Any:
     return importlib.import_module(f"circuitlab.{module}")
 
 
-def _unknown(what: str, name: str, known: list[str]) -> InputError:
-    import difflib
-
+def unknown(what: str, name: str, known: list[str]) -> InputError:
+    """The error for a name that is not there; it names the nearest."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {len(known)}, e.g. {known[:5]}"
     return InputError(f"this circuit has no {what} {name!r}; {hint}")

@@ -1,0 +1,36 @@
+"""circuitlab: a visual notebook for looking inside neural networks. Conventional alias: ``import circuitlab as cl``.
+
+The public names are loaded when they are first used, so that ``import circuitlab`` is quick and imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from circuitlab.circuit import Circuit as Circuit
+    from circuitlab.circuit import load as load
+    from circuitlab.errors import CircuitlabError as CircuitlabError
+    from circuitlab.trace.record import trace as trace
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Circuit": "circuitlab.circuit",
+    "CircuitlabError": "circuitlab.errors",
+    "load": "circuitlab.circuit",
+}
+__all__ = ["Circuit", "CircuitlabError", "__version__", "load", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "trace":  # the package is itself callable
+        return importlib.import_module("circuitlab.trace")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'circuitlab' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

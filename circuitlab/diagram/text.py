@@ -1,0 +1,79 @@
+"""Drawing -> lines of text: for terminals, screen readers and diffs."""
+
+from __future__ import annotations
+
+from circuitlab.circuit import Circuit
+from circuitlab.diagram.reduce import Band, Drawing, Node, Reducer
+
+_SILENT = {"input", "output", "copy"}
+
+
+def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
+    """One line for each glyph: what it is, what it acts on, and over which wires it is broadcast.
+
+    Args:
+        circuit: what to write out.
+        depth: levels of blocks to unfold; 0 is one line.
+        width: lines are cut at this many characters.
+    """
+    drawing = Reducer(circuit, depth=depth, opened=frozenset(), closed=frozenset(), batch=True).drawing()
+    rows: list[tuple[str, str, str]] = []
+    open_plates: tuple[str, ...] = ()
+    for node in drawing.nodes:
+        if node.kind in _SILENT:
+            continue
+        for level, name in enumerate(node.plates):
+            if open_plates[: level + 1] != node.plates[: level + 1]:
+                rows.append(("  " * level + _heading(drawing, name), "", ""))
+                open_plates = node.plates[: level + 1]
+        open_plates = node.plates
+        rows.append(("  " * len(node.plates) + _label(node), _acts(circuit, node), _passes(circuit, node)))
+    return "\n".join(_table(circuit, drawing, rows, width)) + "\n"
+
+
+def _table(circuit: Circuit, drawing: Drawing, rows: list[tuple[str, str, str]], width: int) -> list[str]:
+    ins = ", ".join(f"{n.label}: {_array(circuit, n.outs[0])}" for n in drawing.nodes if n.kind == "input" and n.outs)
+    outs = ", ".join(_array(circuit, n.ins[0]) for n in drawing.nodes if n.kind == "output" and n.ins)
+    first = max((len(row[0]) for row in rows), default=0)
+    second = max((len(row[1]) for row in rows), default=0)
+    lines = [f"{circuit.title}   {ins}  →  {outs}"]
+    lines += [f"  {a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows]
+    shown = {name for n in drawing.nodes for band in (*n.ins, *n.outs) for t in band.tracks for name in t.wires}
+    legend = [f"{w.label}={w.size}" for w in circuit.wires.values() if w.name in shown]
+    lines.append("  where " + ", ".join(dict.fromkeys(legend)))
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+
+
+def _heading(drawing: Drawing, name: str) -> str:
+    block, count = drawing.plates[name]
+    return f"{name.split('/')[-1]} ({block.title})" + (f" × {count}" if count > 1 else "")
+
+
+def _label(node: Node) -> str:
+    label = f"{node.label}{'^' + node.upper if node.upper else ''}{'_' + node.lower if node.lower else ''}"
+    name = label or {"contract": "·", "merge": "+", "bar": "split / cat"}.get(node.kind, node.kind)
+    if node.kind == "block":
+        name = f"▣ {name}"
+    return name + (f" × {node.count}" if node.count > 1 else "")
+
+
+def _acts(circuit: Circuit, node: Node) -> str:
+    ins = [_wires(circuit, band, node.acted(band)) for band in node.ins]
+    outs = [_wires(circuit, band, node.acted(band)) for band in node.outs]
+    before, after = ", ".join(w for w in ins if w), ", ".join(w for w in outs if w)
+    return f"{before or '·'} → {after or '·'}" if before or after else ""
+
+
+def _passes(circuit: Circuit, node: Node) -> str:
+    seen: dict[str, None] = {}
+    for _, _, band, track in node.passes:
+        seen[_wires(circuit, band, [track])] = None
+    return f"over {' '.join(seen)}" if seen else ""
+
+
+def _wires(circuit: Circuit, band: Band, numbers: list[int]) -> str:
+    return " ".join(circuit.wires[name].label for n in numbers for name in band.tracks[n].wires)
+
+
+def _array(circuit: Circuit, band: Band) -> str:
+    return f"({_wires(circuit, band, list(range(len(band.tracks))))})"
