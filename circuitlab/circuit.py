@@ -80,6 +80,10 @@ class Wire:
     parts: tuple[tuple[int, int, tuple[str, ...]], ...] = ()
     places: tuple[tuple[str, int, int, tuple[int, int] | None], ...] = ()
 
+    def __repr__(self) -> str:
+        state = "permutable" if self.permutable else f"not permutable: {self.why}"
+        return f"Wire({self.name!r}, label {self.label!r}, size {self.size}, in {len(self.places)} places, {state})"
+
 
 @dataclass(frozen=True)
 class Tensor:

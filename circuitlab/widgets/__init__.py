@@ -1,0 +1,1 @@
+"""Live views in a notebook: the one place, with `plots`, where ipywidgets, anywidget and plotly appear."""

@@ -1,0 +1,59 @@
+# make lab    set everything up and open JupyterLab on the first notebook (ARGS=--no-browser without a screen)
+# make test   set everything up and run all tests: Python, TypeScript, browser
+# make bench  the benchmarks, as ratios in one run
+#
+# TORCH= chooses another torch, e.g. TORCH="torch --index-url https://download.pytorch.org/whl/cu126"; the default is
+# whatever the machine's pip knows within the range, a CPU build where it knows one. PYTHON= chooses the Python.
+
+PYTHON ?= python3
+TORCH ?= "torch>=2.6,<2.14"
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: lab test check bench pictures clean
+
+lab: $(VENV)/installed
+	$(BIN)/jupyter lab $(ARGS) notebooks/01_draw.ipynb
+
+test: check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed $(VENV)/test-tools
+	cd js && npm run --silent check && npm run --silent test
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyright
+
+bench: $(VENV)/installed $(VENV)/test-tools
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench
+	$(BIN)/python -m tests.bench
+
+pictures: $(VENV)/installed $(VENV)/test-tools
+	$(BIN)/python tests/pictures.py
+
+clean:
+	rm -rf $(VENV) js/node_modules js/lib circuitlab/labextension circuitlab/widgets/static
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet uv
+	touch $@
+
+js/node_modules: js/package-lock.json
+	cd js && npm ci --no-audit --no-fund --loglevel=error
+	touch $@
+
+# A development install: Python is editable, the JavaScript is linked to where JupyterLab looks for it.
+$(VENV)/installed: $(VENV)/torch js/node_modules pyproject.toml $(wildcard js/src/*) circuitlab/diagram/theme.json
+	cd js && npm run --silent build
+	$(BIN)/uv pip install --quiet --python $(BIN)/python "hatchling>=1.27" "hatch-jupyter-builder>=0.9"
+	HATCH_JUPYTER_BUILDER_SKIP_NPM=1 $(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --editable ".[lab]"
+	mkdir -p $(VENV)/share/jupyter/labextensions
+	ln -sfn "$(CURDIR)/circuitlab/labextension" $(VENV)/share/jupyter/labextensions/circuitlab
+	touch $@
+
+$(VENV)/test-tools: $(VENV)/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group test
+	touch $@
