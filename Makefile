@@ -23,7 +23,7 @@ check: $(VENV)/installed $(VENV)/test-tools
 	cd js && npm run --silent check && npm run --silent test
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench

@@ -31,7 +31,7 @@ def svg(
     depth: int = 1,
     theme: Literal["light", "dark", "print"] = "light",
     block: str = "",
-    open: Iterable[str] = (),  # noqa: A002 - the word of the drawing: unfolded
+    open: Iterable[str] = (),
     closed: Iterable[str] = (),
     batch: bool = True,
     width: float = 1000.0,
@@ -173,7 +173,7 @@ def _converted(circuit: Circuit, *, suffix: str, scale: float = 2.0, **options: 
                 "(librsvg); or save an .svg"
             ) from None
         command = [program, "--format", kind, "--zoom", str(scale if kind == "png" else 1.0)]
-        return subprocess.run(command, input=source.encode(), stdout=subprocess.PIPE, check=True).stdout  # noqa: S603
+        return subprocess.run(command, input=source.encode(), stdout=subprocess.PIPE, check=True).stdout
     target = io.BytesIO()
     getattr(cairosvg, f"svg2{kind}")(bytestring=source.encode(), write_to=target, scale=scale if kind == "png" else 1.0)
     return target.getvalue()

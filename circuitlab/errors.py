@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from circuitlab.circuit import Circuit
+from typing import Any
 
 
 class CircuitlabError(Exception):
@@ -30,7 +27,7 @@ class TraceError(CircuitlabError, RuntimeError):
     Attributes:
         module: path of the submodule that was running, "" for the root.
         source: "file.py:line" of the failing line in the user's code, "" if not known.
-        circuit: what was traced before the failure, None if nothing was.
+        circuit: the `Circuit` of what was traced before the failure, None if nothing was.
     """
 
     def __init__(
@@ -39,7 +36,7 @@ class TraceError(CircuitlabError, RuntimeError):
         *,
         module: str = "",
         source: str = "",
-        circuit: Circuit | None = None,
+        circuit: Any = None,
     ) -> None:
         super().__init__(message)
         self.module = module

@@ -175,7 +175,7 @@ def _softmax(pen: Pen, spot: Spot) -> None:
 def _norm(pen: Pen, spot: Spot) -> None:
     x = spot.middle
     _leads(pen, spot, x - 8, x + 8)
-    ys = spot.heights(spot.node.ins) or [y for y in spot.all_heights[:1]]
+    ys = spot.heights(spot.node.ins) or list(spot.all_heights[:1])
     for y in ys:
         pen.add(Mark("circle", "glyph", x=x, y=y, r=8.5, stroke="ink", fill="norm", width=1.6))
 

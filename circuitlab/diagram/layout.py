@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -137,7 +138,7 @@ class _Page:
         if source.kind in ("input", "block"):
             return True
         if source.kind in ("merge", "linear", "embedding", "conv", "bar", "contract", "box", "opaque", "pool", "index"):
-            return n in source.acted(band) or source.kind in ("merge",)
+            return n in source.acted(band) or source.kind == "merge"
         return False
 
     def _gap_widths(self) -> list[float]:
@@ -266,7 +267,7 @@ class _Page:
             if not row.first <= end <= row.last or len(node.ins) < 2 or node.kind == "merge":
                 continue
             bands = sorted(node.ins, key=lambda b: self.places.y[id(b)])
-            for above, below in zip(bands, bands[1:], strict=False):
+            for above, below in itertools.pairwise(bands):
                 begin = max(self.places.column[id(above.source)], self.places.column[id(below.source)], row.first)
                 between = [b for b in self.drawing.bands if self._crosses(b, row) and b not in (above, below)
                            and self.places.y[id(above)] < self.places.y[id(b)] < self.places.y[id(below)]
@@ -308,7 +309,7 @@ class _Page:
 
 
 def _plate_title(name: str, title: str) -> str:
-    last = name.split("/")[-1].split("#")[0].rpartition(".")[2]
+    last = name.rsplit("/", maxsplit=1)[-1].split("#", maxsplit=1)[0].rpartition(".")[2]
     return title if last == title or "/" in name or not last else f"{last}: {title}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ class Pen:
         for offset in (-1.7, 1.7) if double else (0.0,):
             x, y = points[0]
             d = f"M{number(x)} {number(y + offset)}"
-            for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+            for (x0, y0), (x1, y1) in itertools.pairwise(points):
                 if abs(y0 - y1) < 0.05:
                     d += f"H{number(x1)}"
                 else:

@@ -8,6 +8,7 @@ then as compact as can be. Crossings that the walk's order leaves are not search
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -214,7 +215,7 @@ def _separate_bands(drawing: Drawing, places: Places, lp: _Programme, y: dict[in
             gaps[gap].append(band)
     done: set[tuple[int, int]] = set()
     for bands in gaps:
-        for above, below in zip(bands, bands[1:], strict=False):
+        for above, below in itertools.pairwise(bands):
             if (id(above), id(below)) not in done:
                 done.add((id(above), id(below)))
                 lp.below(y[id(above)], y[id(below)], _height(above) + BAND_GAP)
@@ -256,7 +257,7 @@ def _separate_boxes(
                 lp.below(bottom[key], y[id(band)], 14.0)
             elif number < low:
                 lp.below(y[id(band)], top[key], _height(band) + 4.0)
-        for other, begin, end, (its_low, its_high), outside in boxes:
+        for other, begin, end, (its_low, _its_high), outside in boxes:
             if key == other or begin > stop or end < start:
                 continue
             if isinstance(other, str) and other in around or isinstance(key, str) and key in outside:

@@ -205,7 +205,7 @@ class Reducer:
         made = {name for op in live for name in op.outputs}
         read = {self.canonical(n) for op in live for n in op.inputs if n not in self.static}
         inner = {self.canonical(n) for n in made}
-        outside = [n for n in self._left(live)]
+        outside = list(self._left(live))
         if len(read - inner) != 1 or len(outside) != 1:
             return False
         source, result = next(iter(read - inner)), outside[0]

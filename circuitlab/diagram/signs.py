@@ -55,7 +55,7 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
     if op.kind == "softmax":
         return Sign("softmax", "SoftMax" if op.fn == "softmax" else op.fn)
     if op.kind in _KINDS:
-        return Sign(_KINDS[op.kind], op.fn if op.kind in ("opaque",) else "")
+        return Sign(_KINDS[op.kind], op.fn if op.kind == "opaque" else "")
     return Sign("box", op.fn)
 
 
@@ -153,9 +153,8 @@ def _norm_name(op: Op, block: Block | None) -> str:
 
 
 def _window(op: Op) -> str:
-    sizes = op.attrs.get("kernel") or ()
-    unique = set(sizes)
-    return str(sizes[0]) if len(unique) == 1 else "×".join(map(str, sizes))
+    sizes: tuple[int, ...] = tuple(op.attrs.get("kernel") or ())
+    return str(sizes[0]) if sizes and len(set(sizes)) == 1 else "×".join(map(str, sizes))
 
 
 def _stride(op: Op) -> str:

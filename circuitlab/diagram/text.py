@@ -46,7 +46,7 @@ def _table(circuit: Circuit, drawing: Drawing, rows: list[tuple[str, str, str]],
 
 def _heading(drawing: Drawing, name: str) -> str:
     block, count = drawing.plates[name]
-    return f"{name.split('/')[-1]} ({block.title})" + (f" × {count}" if count > 1 else "")
+    return f"{name.rsplit('/', maxsplit=1)[-1]} ({block.title})" + (f" × {count}" if count > 1 else "")
 
 
 def _label(node: Node) -> str:

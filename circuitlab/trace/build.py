@@ -32,8 +32,8 @@ class Axes:
                     key = (id(letter), position)
                     entry = self.found.get(key)
                     if entry is None:
-                        entry = self.found[key] = (atom, letter.role, [], [])
-                    entry[3 if out else 2].append((number, dim, factor))
+                        entry = self.found[key] = (atom, letter.role, list[Place](), list[Place]())
+                    (entry[3] if out else entry[2]).append((number, dim, factor))
                     factor += 1
 
 

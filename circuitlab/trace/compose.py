@@ -20,10 +20,11 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale + mask) v, as its documentation defines it."""
+    shape = query.shape
+    shape = query.shape
     grouped = enable_gqa and query.size(-3) != key.size(-3)
     if grouped:
         # each key-value head serves a group of query heads
-        shape = query.shape
         query = query.unflatten(-3, (key.size(-3), query.size(-3) // key.size(-3)))
         key, value = key.unsqueeze(-3), value.unsqueeze(-3)
         if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.size(-3) > 1:

@@ -99,7 +99,7 @@ def tensors_in(value: Any, kind: type[Any], path: str = "", depth: int = 0) -> I
         for key, item in value.items():
             yield from tensors_in(item, kind, f"{path}.{key}" if path else str(key), depth + 1)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for key in value._fields:
+        for key in value._fields:  # pyright: ignore[reportAttributeAccessIssue]
             yield from tensors_in(getattr(value, key), kind, f"{path}.{key}" if path else key, depth + 1)
     elif isinstance(value, (tuple, list, set, frozenset)):
         for number, item in enumerate(value):

@@ -94,7 +94,7 @@ def random_state() -> Iterator[None]:
         yield
     finally:
         random.setstate(python)
-        if drawn is not None:
+        if numpy is not None and drawn is not None:
             numpy.random.set_state(drawn)
         torch.set_rng_state(cpu)
         if cuda is not None:

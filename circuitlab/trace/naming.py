@@ -161,7 +161,7 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
             for slot, dim, _ in ins:
                 if fact.param is None and operands[slot].value.kind == "parameter":
                     fact.param = (operands[slot].value.name, dim)
-    for event, pattern, axes in made:
+    for _, pattern, axes in made:
         if pattern.kind in ("slice", "cat"):
             _inherit(facts, [entry[0] for entry in axes.found.values() if entry[1] == "joined"])
 

@@ -54,7 +54,7 @@ def _describe(code: CodeType) -> _Code:
     found = _codes.get(code)
     if found is None:
         file, name = code.co_filename, code.co_name
-        inside = file.startswith((_TORCH, *_OWN)) or file.startswith("<frozen")
+        inside = file.startswith((_TORCH, *_OWN, "<frozen"))
         library = not inside and os.sep + "lib" + os.sep + "python" in file and "site-packages" not in file
         author = not inside and not library
         # a decorator's wrapper hands everything on: it is no step of the computation

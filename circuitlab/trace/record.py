@@ -218,9 +218,9 @@ class Recorder(TorchFunctionMode):
             args, kwargs = self._metaise(name, args, kwargs)
         if name == "data=":
             self.entry(args[0]).value = self.entry(args[1]).value
-            return func(*args, **kwargs)
+            return func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         template = self._template(args, operands)
-        named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else kwargs
+        named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else {}
         real: list[torch.Tensor] | None = None
         before: Any = None
         if self.meta:
@@ -531,7 +531,7 @@ def trace(
             if device == "meta":
                 raise failure.to_user(model, "on the meta device; try device='live'", names) from failure.cause
             reason = f"{type(failure.cause).__name__}: {failure.cause}"
-        except Exception as error:  # noqa: BLE001 - a module that cannot be copied to meta is run live
+        except Exception as error:
             if device == "meta":
                 raise TraceError(
                     f"{type(model).__name__} cannot be copied to the meta device "
@@ -617,7 +617,7 @@ class RunError(Exception):
             recording = self.recorder.recording
             recording.outputs = [event.outs[0] for event in recording.events[-1:]]
             circuit = build(recording, model, names, keep_all=True)
-        except Exception:  # noqa: BLE001 - the user's own error matters, not that the rest could not be read
+        except Exception:
             circuit = None
         return TraceError(message, module=self.module, source=source, circuit=circuit)
 

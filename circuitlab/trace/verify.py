@@ -9,6 +9,7 @@ dimension it sits in leaves the module's outputs as they are. Numbers are float6
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,7 +226,7 @@ def _test_op(tester: _Tester, op: Op, func: Any, call: Any, results: list[torch.
             continue
         size = sizes[axis.wire]
         index = _index(size, axis.role in PASSING_ROLES, tester.generator)
-        claim = {"kind": axis.role, "subject": op.name, "wire": axis.wire, "source": op.source}
+        claim: dict[str, Any] = {"kind": axis.role, "subject": op.name, "wire": axis.wire, "source": op.source}
         numbers = iter(range(len(inputs)))
 
         def changed(tensor: torch.Tensor) -> torch.Tensor:
@@ -301,7 +302,7 @@ def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
     gap = torch.where(same, torch.zeros_like(got), got - expected).abs()
     scale = torch.where(expected.isfinite(), expected, torch.zeros_like(expected)).abs().max()
     value = float(gap.max() / scale.clamp_min(1e-30))
-    return value if value == value else float("inf")
+    return float("inf") if math.isnan(value) else value
 
 
 # global claims -------------------------------------------------------------------------------------------
@@ -383,7 +384,7 @@ def permute(circuit: Circuit, model: torch.nn.Module, permutations: Mapping[str,
         if not wire.permutable:
             raise InputError(f"the wire {name!r} is not permutable: {wire.why}")
         index = torch.as_tensor(given, dtype=torch.long)
-        if index.shape != (wire.size,) or not torch.equal(index.sort().values.cpu(), torch.arange(wire.size)):
+        if index.shape != (wire.size,) or not torch.equal(torch.sort(index)[0].cpu(), torch.arange(wire.size)):
             raise InputError(f"the wire {name!r} has {wire.size} entries; a permutation of 0..{wire.size - 1} is needed")
         checked[name] = index
     copied = copy.deepcopy(model)

@@ -54,7 +54,7 @@ class DiagramWidget(anywidget.AnyWidget):
         circuit: Circuit,
         *,
         depth: int = 1,
-        open: Iterable[str] = (),  # noqa: A002 - the word of the drawing: unfolded
+        open: Iterable[str] = (),
         closed: Iterable[str] = (),
         theme: str = "auto",
         batch: bool = True,

@@ -114,8 +114,8 @@ _NAMES: dict[Rule, str] = {
     index.recurrent: "lstm gru rnn_tanh rnn_relu",
 }
 
-TABLE: dict[str, Rule] = {name: pointwise.pointwise for name in pointwise.POINTWISE}
-TABLE.update({name: pointwise.random for name in pointwise.RANDOM})
+TABLE: dict[str, Rule] = dict.fromkeys(pointwise.POINTWISE, pointwise.pointwise)
+TABLE.update(dict.fromkeys(pointwise.RANDOM, pointwise.random))
 for _rule, _names in _NAMES.items():
     TABLE.update(dict.fromkeys(_names.split(), _rule))
 

@@ -254,6 +254,7 @@ def scatter(w: Wires, event: Event, input: Operand, dim: int, index: Operand, *a
     slots = pattern.take(input)
     set_role(slots[axis], "ordered")
     own: Slots | None = None
+    first = input
     for operand in event.operands:
         if operand.slot == input.slot or operand.ndim == 0:
             continue

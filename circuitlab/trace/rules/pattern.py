@@ -136,7 +136,7 @@ def regrouped(w: Wires, operand: Operand, shape: Sequence[int], **attrs: Any) ->
             w.rollback(mark)
             pattern.kind = "opaque"
             slots.extend([[Letter("opaque", dim)] if dim else [] for dim in dims[start:stop]])
-            made.extend((w.new(size, "opaque", event_name(operand)), "opaque") for size in sizes[begin:end])
+            made.extend((w.new(size, "opaque", "reshape"), "opaque") for size in sizes[begin:end])
     pattern.ins[operand.slot] = slots
     # the same sequence of letters, cut at other places
     queue = [letter for dim in slots for letter in dim if letter.role != "opaque"]
