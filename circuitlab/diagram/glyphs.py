@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 from circuitlab.diagram.metrics import width
 from circuitlab.diagram.pen import Pen, number
-from circuitlab.diagram.place import TRACK, Places
+from circuitlab.diagram.place import Places
 from circuitlab.diagram.reduce import Band, Node
 from circuitlab.diagram.scene import Mark
 
@@ -31,7 +32,7 @@ def node_width(node: Node, places: Places) -> float:
     if node.kind == "linear":
         return max(44.0 + max(width(node.upper, 11) - 12, 0), curve + 14)
     if node.kind == "contract":
-        return max(44.0 + (width(node.label, 12) if node.label else 0), curve + 10)
+        return _arc_width(node) + curve
     if node.kind == "block":
         return max(label + 26.0, 56.0) + (30.0 if node.count > 1 else 0)
     if node.kind == "softmax":
@@ -68,8 +69,7 @@ class Spot:
     @property
     def all_heights(self) -> list[float]:
         """Heights of every track that touches the node."""
-        bands = [*self.node.ins, *self.node.outs]
-        return [self.places.track_y(band, n) for band in bands for n in range(len(band.tracks))]
+        return [y for band in (*self.node.ins, *self.node.outs) for y in self.places.y[id(band)]]
 
 
 def draw_node(pen: Pen, spot: Spot) -> None:
@@ -78,14 +78,14 @@ def draw_node(pen: Pen, spot: Spot) -> None:
     if node.kind in ("input", "output"):
         return
     start = len(pen.marks)
-    _passing(pen, spot)
+    if node.kind != "contract":
+        _passing(pen, spot)
     draw = {
         "copy": _copy, "merge": _merge, "contract": _contract, "softmax": _softmax, "norm": _norm, "linear": _linear,
         "embedding": _linear, "elementwise": _elementwise, "mask": _elementwise, "block": _block, "bar": _bar,
         "index": _index, "reduce": _reduce, "conv": _conv,
     }.get(node.kind, _box)
     draw(pen, spot)
-    from dataclasses import replace
 
     name = node.op or node.block
     for at in range(start, len(pen.marks)):
@@ -125,41 +125,60 @@ def _merge(pen: Pen, spot: Spot) -> None:
         for n, track in enumerate(band.tracks):
             pen.dot(spot.right, spot.places.track_y(band, n), track)
     if spot.node.outs:
-        y = min(spot.places.track_y(band, 0) for band in spot.node.outs)
+        y = min(spot.places.span(band)[0] for band in spot.node.outs)
         pen.text(spot.right, y - 9, spot.node.label, size=17 if len(spot.node.label) < 2 else 12, font="label")
 
 
 def _contract(pen: Pen, spot: Spot) -> None:
+    """First the arcs, over which what passes runs straight on; then its bends, and dots where an index is shared."""
     node, places = spot.node, spot.places
+    bend = spot.left + _arc_width(node)
     shared: dict[tuple[int, int], int] = {}
-    for _, _, b, o in node.passes:
+    for a, i, b, o in node.passes:
+        y0, y1 = places.track_y(a, i), places.track_y(b, o)
+        pen.wire(b.tracks[o], [(spot.left, y0), (bend, y0), (spot.right, y1)])
         shared[id(b), o] = shared.get((id(b), o), 0) + 1
-    for (key, o), count in shared.items():
-        if count > 1:
-            band = next(b for b in node.outs if id(b) == key)
-            pen.dot(spot.right, places.track_y(band, o), band.tracks[o])
-    paired: set[tuple[int, int]] = set()
+    for band in node.outs:
+        for n, track in enumerate(band.tracks):
+            if shared.get((id(band), n), 0) > 1:
+                pen.dot(spot.right, places.track_y(band, n), track)
     apex = spot.left + 20.0
+    paired: set[tuple[int, int]] = set()
     for (a, i), (b, j) in node.pairs:
         y0, y1 = sorted((places.track_y(a, i), places.track_y(b, j)))
         paired |= {(id(a), i), (id(b), j)}
-        bend = min(18.0, (y1 - y0) / 2)
+        r = min(18.0, (y1 - y0) / 2)
         d = (f"M{number(spot.left)} {number(y0)}C{number(apex)} {number(y0)} {number(apex)} {number(y0)} "
-             f"{number(apex)} {number(y0 + bend)}V{number(y1 - bend)}"
+             f"{number(apex)} {number(y0 + r)}V{number(y1 - r)}"
              f"C{number(apex)} {number(y1)} {number(apex)} {number(y1)} {number(spot.left)} {number(y1)}")
         pen.add(Mark("path", "wire", wire=a.tracks[i].wires[0], d=d, stroke="ink", width=1.3))
-        y = (y0 + y1) / 2
-        pen.path(f"M{number(apex)} {number(y)}h9".replace("h9", f"H{number(apex + 9)}"), "glyph")
+        y = _free_height(spot, y0, y1)
+        pen.path(f"M{number(apex)} {number(y)}H{number(apex + 9)}", "glyph")
         pen.path(f"M{number(apex + 8)} {number(y - 4)}L{number(apex + 16)} {number(y)}L{number(apex + 8)} {number(y + 4)}Z",
                  "glyph", fill="ink", width=0.5)
         if node.label:
-            pen.text(apex + 18, y - 5, node.label, font="label", size=12, anchor="start")
+            pen.text(apex + 18, y + 4, node.label, font="label", size=12, anchor="start")
     for band in (*node.ins, *node.outs):
         for n in node.acted(band):
             if (id(band), n) not in paired:
                 y = places.track_y(band, n)
-                ends = (spot.left, apex) if band in node.ins else (apex, spot.right)
+                ends = (spot.left, apex) if band in node.ins else (bend, spot.right)
                 pen.wire(band.tracks[n], [(ends[0], y), (ends[1], y)])
+
+
+def _arc_width(node: Node) -> float:
+    return 40.0 + (width(node.label, 12) + 4 if node.label else 0)
+
+
+def _free_height(spot: Spot, y0: float, y1: float) -> float:
+    """A height between two, in the largest gap between the wires that pass, near the middle."""
+    middle = (y0 + y1) / 2
+    inner = sorted(y for a, i, _, _ in spot.node.passes if y0 < (y := spot.places.track_y(a, i)) < y1)
+    edges = [y0, *inner, y1]
+    return max(
+        ((low + high) / 2 for low, high in itertools.pairwise(edges)),
+        key=lambda y: min(abs(y - edge) for edge in edges) - 0.3 * abs(y - middle),
+    )
 
 
 def _softmax(pen: Pen, spot: Spot) -> None:
@@ -248,12 +267,15 @@ def _block(pen: Pen, spot: Spot) -> None:
         parentheses(pen, spot.left + 8, spot.right - 4, min([*ys, low]) - 12, max([*ys, high]) + 10, node.count)
 
 
-def parentheses(pen: Pen, left: float, right: float, low: float, high: float, count: int) -> None:
-    """Tall parentheses around what is repeated, with how often."""
+def parentheses(pen: Pen, left: float | None, right: float | None, low: float, high: float, count: int) -> None:
+    """Tall parentheses around what is repeated, with how often; None for a side that lies in another row."""
     for x, way in ((left, -1), (right, 1)):
+        if x is None:
+            continue
         pen.path(f"M{number(x)} {number(low)}Q{number(x + way * 10)} {number((low + high) / 2)} {number(x)} {number(high)}",
                  "bracket", width=2.2)
-    pen.text(right + 2, low - 2, f"× {count}", font="label", size=14, anchor="middle", role="count")
+    if right is not None:
+        pen.text(right + 2, low - 3, f"× {count}", font="label", size=14, anchor="middle", role="count")
 
 
 def _bar(pen: Pen, spot: Spot) -> None:
@@ -333,8 +355,3 @@ def _hatch(pen: Pen, x: float, y: float, w: float, h: float) -> None:
         d += f"M{number(x0)} {number(y0)}L{number(x1)} {number(y1)}"
         at += step
     pen.path(d, "hatch", stroke="opaque", width=1.0)
-
-
-def text_room(node: Node) -> float:
-    """Room that a node's label needs beside its column."""
-    return TRACK if node.kind == "merge" else 0.0

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
 from circuitlab.diagram.metrics import width as text_width
+from circuitlab.diagram.notes import describe, notes_of, tinted
 from circuitlab.diagram.pen import Pen, number
-from circuitlab.diagram.place import TRACK, Places, place
+from circuitlab.diagram.place import Places, place
 from circuitlab.diagram.reduce import Band, Drawing, Node, Reducer
 from circuitlab.diagram.scene import Mark, Scene
 from circuitlab.errors import InputError
 
 _MARGIN = 14.0
-_ROW_GAP = 34.0
+_ROW_GAP = 30.0
+_LEAD = 34.0
+_STRETCH = 1.2
+"""A row may be this much wider than asked for if that saves a second one."""
+
+_DATA = {"input", "block", "merge", "linear", "embedding", "conv", "bar", "contract", "box", "opaque", "pool", "index",
+         "reduce"}
+"""Nodes after which the array is labelled: it is new."""
 
 
 def draw(
@@ -39,7 +47,7 @@ def draw(
         depth: levels of blocks to unfold; 0 is one solid block.
         open, closed: names of blocks to unfold, or to fold, whatever the depth.
         batch: whether wires of kind "batch" are drawn.
-        width: rows are wrapped at this many pixels.
+        width: rows are wrapped at about this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
 
     Raises:
@@ -49,28 +57,23 @@ def draw(
         raise InputError(f"depth={depth} is negative; 0 is one solid block")
     if width < 200:
         raise InputError(f"width={width} is too narrow for a diagram; give at least 200 pixels")
-    names = {b.name for b in circuit.root.blocks()}
-    for name in (*open, *closed):
-        if name not in names:
-            circuit.block(name)
+    opened, shut = frozenset(open), frozenset(closed)
+    for name in (*opened, *shut):
+        circuit.block(name)
     shown = circuit[block] if block else circuit
-    reducer = Reducer(shown, depth=depth, opened=frozenset(open), closed=frozenset(closed), batch=batch)
-    drawing = reducer.drawing()
-    places = place(drawing)
-    page = _Page(shown, drawing, places, width)
+    drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch).drawing()
+    page = _Page(shown, drawing, place(drawing), width)
     page.draw()
     marks = page.pen.plates + page.pen.marks
-    if overlay:
-        marks = _tinted(marks, overlay, circuit)
     return Scene(
         block=block,
         title=shown.title,
-        description=_describe(shown, drawing),
+        description=describe(shown, drawing),
         width=round(page.width, 1),
         height=round(page.height, 1),
-        marks=tuple(marks),
+        marks=tuple(tinted(marks, overlay, circuit) if overlay else marks),
         foldable=drawing.foldable,
-        notes=_notes(shown, marks),
+        notes=notes_of(shown, marks),
     )
 
 
@@ -81,7 +84,6 @@ class _Row:
     first: int
     last: int
     dy: float = 0.0
-    height: float = 0.0
 
 
 @dataclass
@@ -99,11 +101,12 @@ class _Page:
 
     def __post_init__(self) -> None:
         self.pen = Pen(self.circuit)
+        self.column = self.places.column
         self.by_column: list[list[Node]] = [[] for _ in range(self.places.columns)]
         for node in self.drawing.nodes:
-            self.by_column[self.places.column[id(node)]].append(node)
-        self.sized: set[tuple[int, int]] = set()
-        self._choose_sizes()
+            self.by_column[self.column[id(node)]].append(node)
+        self.members = {name: [n for n in self.drawing.nodes if name in n.plates] for name in self.drawing.plates}
+        self.sized = self._sized()
 
     def draw(self) -> None:
         """Put the marks on paper."""
@@ -112,115 +115,132 @@ class _Page:
         for row in rows:
             low, high = self._extent(row)
             row.dy = y - low
-            row.height = high - low
-            y += row.height + _ROW_GAP
+            y += high - low + _ROW_GAP
         self.height = max(y - _ROW_GAP + _MARGIN, 40.0)
         for row in rows:
-            start = len(self.pen.marks), len(self.pen.plates)
-            self._draw_row(row, rows)
-            self.pen.marks[start[0] :] = [_moved(mark, row.dy) for mark in self.pen.marks[start[0] :]]
-            self.pen.plates[start[1] :] = [_moved(mark, row.dy) for mark in self.pen.plates[start[1] :]]
-        self.width = max((self.right[row.last] for row in rows), default=0.0) + _MARGIN + (22 if len(rows) > 1 else 8)
+            marks, plates = len(self.pen.marks), len(self.pen.plates)
+            self._draw_row(row)
+            self.pen.marks[marks:] = [_moved(mark, row.dy) for mark in self.pen.marks[marks:]]
+            self.pen.plates[plates:] = [_moved(mark, row.dy) for mark in self.pen.plates[plates:]]
+        ends = [self.right[row.last] + (30.0 if row is not rows[-1] else 10.0) for row in rows]
+        counts = [m.x + 22.0 for m in self.pen.marks if m.role in ("count", "title")]
+        self.width = max([*ends, *counts, 40.0]) + _MARGIN
 
     # columns to rows ----------------------------------------------------------------------------------
 
-    def _choose_sizes(self) -> None:
-        """A wire's size is written where it first appears."""
-        seen: set[str] = set()
-        for band in sorted(self.drawing.bands, key=lambda b: (self.places.column[id(b.source)], self.places.order[id(b)])):
+    def _sized(self) -> set[tuple[int, int]]:
+        """The tracks on which a wire's size is written: where it first appears."""
+        seen: set[tuple[str, ...]] = set()
+        found: set[tuple[int, int]] = set()
+        for band in sorted(self.drawing.bands, key=lambda b: (self.column[id(b.source)], self.places.order[id(b)])):
             for n, track in enumerate(band.tracks):
-                if self._labelled(band, n) and track.wires[0] not in seen:
-                    seen.add(track.wires[0])
-                    self.sized.add((id(band), n))
+                if self._labelled(band) and track.wires not in seen:
+                    seen.add(track.wires)
+                    found.add((id(band), n))
+        return found
 
-    def _labelled(self, band: Band, n: int) -> bool:
-        source = band.source
-        if source.kind in ("input", "block"):
-            return True
-        if source.kind in ("merge", "linear", "embedding", "conv", "bar", "contract", "box", "opaque", "pool", "index"):
-            return n in source.acted(band) or source.kind == "merge"
-        return False
+    def _labelled(self, band: Band) -> bool:
+        return band.source.kind in _DATA
 
     def _gap_widths(self) -> list[float]:
-        gaps = [16.0] * self.places.columns
+        """Room between columns, for labels and parentheses."""
+        gaps = [14.0] * self.places.columns
         for band in self.drawing.bands:
-            at = self.places.column[id(band.source)]
+            at = self.column[id(band.source)]
             for n, track in enumerate(band.tracks):
-                if self._labelled(band, n):
-                    need = self.pen.label_width(track, (id(band), n) in self.sized) + 12
-                    gaps[at] = max(gaps[at], need)
-        for name, (_, count) in self.drawing.plates.items():
-            nodes = [n for n in self.drawing.nodes if name in n.plates]
-            if nodes and count > 1:
-                first = min(self.places.column[id(n)] for n in nodes)
-                last = max(self.places.column[id(n)] for n in nodes)
-                gaps[last] = max(gaps[last], 40.0)
+                if self._labelled(band):
+                    gaps[at] = max(gaps[at], self.pen.label_width(track, (id(band), n) in self.sized) + 16
+                                   + (12 if band.source.kind == "merge" else 0))
+        for name, nodes in self.members.items():
+            if nodes and self.drawing.plates[name][1] > 1:
+                first, last = self._columns(nodes)
+                gaps[last] = max(gaps[last], 42.0)
                 if first:
-                    gaps[first - 1] += 26.0
+                    gaps[first - 1] += 28.0
         return gaps
+
+    def _columns(self, nodes: list[Node]) -> tuple[int, int]:
+        at = [self.column[id(node)] for node in nodes]
+        return min(at), max(at)
 
     def _rows(self) -> list[_Row]:
         columns = self.places.columns
         wide = [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
-        wide[0] = max([wide[0]] + [text_width(n.label, 12, "title") * 0 for n in self.by_column[0]])
         gaps = self._gap_widths()
-        rows: list[_Row] = []
+        rows = [_Row(first, last) for first, last in self._breaks([w + g for w, g in zip(wide, gaps, strict=True)])]
         self.left, self.right = [0.0] * columns, [0.0] * columns
-        at = 0
-        while at < columns:
-            lead = 30.0 if rows else 0.0
-            end, best, x = at, at, _MARGIN + lead
-            cost_best = float("inf")
-            while end < columns:
-                x += wide[end] + gaps[end]
-                if x > self.limit and end > at:
-                    break
-                cost = self._break_cost(end) + (columns - 1 - end > 0) * 0.0
-                full = (x - _MARGIN) / self.limit
-                weight = cost + 3.0 * max(0.0, 0.75 - full) * 10
-                if end == columns - 1:
-                    weight = -1.0
-                if weight <= cost_best:
-                    best, cost_best = end, weight
-                end += 1
-            if end == at:
-                best = at
-            rows.append(_Row(at, best))
-            x = _MARGIN + lead
-            for column in range(at, best + 1):
-                self.left[column] = x
-                self.right[column] = x + wide[column]
+        for row in rows:
+            x = _MARGIN + (_LEAD if row.first else 8.0)
+            for column in range(row.first, row.last + 1):
+                self.left[column], self.right[column] = x, x + wide[column]
                 x += wide[column] + gaps[column]
-            at = best + 1
         return rows
 
-    def _break_cost(self, column: int) -> float:
-        """Number of tracks that a break after this column cuts."""
-        return sum(
-            len(band.tracks)
+    def _breaks(self, wide: list[float]) -> list[tuple[int, int]]:
+        """The rows that cut the fewest wires and are not too empty: first and last column of each."""
+        total = len(wide)
+        if sum(wide) <= self.limit * _STRETCH:
+            return [(0, total - 1)]
+        starts = [0.0, *itertools.accumulate(wide)]
+        cut = [self._cut(column) for column in range(total)]
+        best: list[tuple[float, int]] = [(0.0, 0)] + [(float("inf"), 0)] * total
+        for stop in range(1, total + 1):
+            for start in range(stop - 1, -1, -1):
+                length = starts[stop] - starts[start]
+                if length > self.limit * _STRETCH and start < stop - 1:
+                    break
+                full = length / self.limit
+                strain = 30.0 * max(0.0, full - 1.0) + (0.0 if stop == total else 30.0 * max(0.0, 0.7 - full))
+                cost = best[start][0] + strain + (0.0 if stop == total else 6.0 + cut[stop - 1])
+                if cost < best[stop][0]:
+                    best[stop] = (cost, start)
+        rows: list[tuple[int, int]] = []
+        stop = total
+        while stop:
+            start = best[stop][1]
+            rows.insert(0, (start, stop - 1))
+            stop = start
+        return rows
+
+    def _cut(self, column: int) -> float:
+        """How much a break after this column cuts: wires, and plates about them."""
+        wires = sum(
+            max(len(band.tracks), 1)
             for band in self.drawing.bands
-            if self.places.column[id(band.source)] <= column < self.places.column[id(band.target)]
+            if self.column[id(band.source)] <= column < self.column[id(band.target)]
         )
+        plates = 0
+        for nodes in self.members.values():
+            if nodes:
+                first, last = self._columns(nodes)
+                plates += first <= column < last
+        return wires + 3.0 * plates
 
     def _extent(self, row: _Row) -> tuple[float, float]:
+        """Top and bottom of what is drawn in a row."""
         ys: list[float] = []
+        counted = False
         for node in self.drawing.nodes:
-            if row.first <= self.places.column[id(node)] <= row.last and (node.ins or node.outs):
+            if row.first <= self.column[id(node)] <= row.last and (node.ins or node.outs):
                 ys += [self.places.top[id(node)], self.places.bottom[id(node)]]
-                for plate in node.plates:
-                    ys += [self.places.top[plate] - 4, self.places.bottom[plate] + 4]
+                counted |= node.count > 1
+        for name, (_, count) in self.drawing.plates.items():
+            box = self._box(name, row)
+            if box is not None:
+                ys += [box[2], box[3]]
+                counted |= count > 1
         for band in self.drawing.bands:
             if self._crosses(band, row):
-                ys += [self.places.y[id(band)] - 20, self.places.track_y(band, max(len(band.tracks) - 1, 0)) + 12]
-        counted = any(c > 1 for _, c in self.drawing.plates.values()) or any(n.count > 1 for n in self.drawing.nodes)
-        return min(ys, default=0.0) - (24 if counted else 0), max(ys, default=20.0) + (10 if counted else 0)
+                low, high = self.places.span(band)
+                ys += [low - 20, high + 10]
+        return min(ys, default=0.0) - (26 if counted else 0), max(ys, default=20.0) + (10 if counted else 0)
 
     def _crosses(self, band: Band, row: _Row) -> bool:
-        return self.places.column[id(band.source)] <= row.last and self.places.column[id(band.target)] >= row.first
+        return self.column[id(band.source)] <= row.last and self.column[id(band.target)] >= row.first
 
     # one row ------------------------------------------------------------------------------------------
 
-    def _draw_row(self, row: _Row, rows: list[_Row]) -> None:
+    def _draw_row(self, row: _Row) -> None:
         for name in self.drawing.plates:
             self._plate(name, row)
         for band in self.drawing.bands:
@@ -234,78 +254,101 @@ class _Page:
         self._tuples(row)
 
     def _terminal(self, node: Node, column: int) -> None:
-        several = sum(n.kind == node.kind for n in self.drawing.nodes) > 1
+        """The name of an input or output, where there are several."""
         bands = node.outs or node.ins
-        if several and bands:
-            y = self.places.y[id(bands[0])]
-            out = node.kind == "output"
-            x = self.right[column] if out else self.left[column]
-            label = node.label if not out else node.label.rpartition(".")[2]
-            self.pen.text(x, y - 22, label, size=11, font="title", fill="quiet",
-                          anchor="end" if out else "start", role="title")
+        if sum(n.kind == node.kind for n in self.drawing.nodes) < 2 or not bands:
+            return
+        out = node.kind == "output"
+        x = self.right[column] if out else self.left[column]
+        self.pen.text(x, self.places.span(bands[0])[0] - 22, node.label.rpartition(".")[2] if out else node.label,
+                      size=11, fill="quiet", anchor="end" if out else "start", role="title")
 
     def _band(self, band: Band, row: _Row) -> None:
-        begin, end = self.places.column[id(band.source)], self.places.column[id(band.target)]
+        begin, end = self.column[id(band.source)], self.column[id(band.target)]
         starts_here, ends_here = begin >= row.first, end <= row.last
-        x0 = self.right[begin] if starts_here else self.left[row.first] - 30
+        x0 = self.right[begin] if starts_here else self.left[row.first] - _LEAD
         x1 = self.left[end] if ends_here else self.right[row.last] + 22
+        if not band.tracks:
+            y = self.places.span(band)[0]
+            self.pen.path(f"M{number(x0)} {number(y)}H{number(x1)}", "scalar", stroke="quiet", dash=(1.5, 4.0))
         for n, track in enumerate(band.tracks):
             y = self.places.track_y(band, n)
             self.pen.wire(track, [(x0, y), (x1, y)])
-            if starts_here and self._labelled(band, n):
-                self.pen.label(x0 + 5, y, track, (id(band), n) in self.sized)
+            if starts_here and self._labelled(band):
+                self.pen.label(x0 + (17 if band.source.kind == "merge" else 5), y, track, (id(band), n) in self.sized)
             if not starts_here:
                 self.pen.label(x0 + 2, y, track, False)
             if not ends_here:
-                self.pen.path(f"M{number(x1)} {number(y - 3.5)}L{number(x1 + 8)} {number(y)}L{number(x1)} {number(y + 3.5)}Z",
-                              "arrow", fill="ink", width=0.3)
+                self.pen.head(x1, y)
 
     def _tuples(self, row: _Row) -> None:
         """A dashed line between arrays that one operation takes together."""
         for node in self.drawing.nodes:
-            end = self.places.column[id(node)]
+            end = self.column[id(node)]
             if not row.first <= end <= row.last or len(node.ins) < 2 or node.kind == "merge":
                 continue
-            bands = sorted(node.ins, key=lambda b: self.places.y[id(b)])
+            bands = sorted(node.ins, key=lambda b: self.places.span(b)[0])
             for above, below in itertools.pairwise(bands):
-                begin = max(self.places.column[id(above.source)], self.places.column[id(below.source)], row.first)
-                between = [b for b in self.drawing.bands if self._crosses(b, row) and b not in (above, below)
-                           and self.places.y[id(above)] < self.places.y[id(b)] < self.places.y[id(below)]
-                           and self.places.column[id(b.source)] < end and self.places.column[id(b.target)] > begin]
-                if between:
-                    continue
-                low = self.places.track_y(above, max(len(above.tracks) - 1, 0))
-                y = (low + self.places.y[id(below)]) / 2 + 4
-                gap = self.places.y[id(below)] - low
-                y = low + min(gap / 2, 11.0)
-                self.pen.path(f"M{number(self.right[begin])} {number(y)}H{number(self.left[end])}", "dash",
-                              dash=(7.0, 5.0), width=1.5)
+                older = above if self.column[id(above.source)] < self.column[id(below.source)] else below
+                begin = max(self.column[id(older.source)], row.first)
+                low, high = self.places.span(above)[1], self.places.span(below)[0]
+                if high - low >= 20:
+                    y = low + 9.5 if older is above else high - 20.5
+                    self.pen.path(f"M{number(self.right[begin])} {number(y)}H{number(self.left[end])}", "dash",
+                                  dash=(7.0, 5.0), width=1.4)
+
+    # plates -------------------------------------------------------------------------------------------
+
+    def _box(self, name: str, row: _Row) -> tuple[float, float, float, float] | None:
+        """Left, right, top and bottom of what a row holds of a plate."""
+        nodes = self.members[name]
+        inside = [n for n in nodes if row.first <= self.column[id(n)] <= row.last]
+        if not inside:
+            return None
+        first, last = self._columns(inside)
+        inset = 3.0 * nodes[0].plates.index(name)
+        left, right = self.left[first] - 8 + inset, self.right[last] + 8 - inset
+        if len(inside) == len(nodes):
+            return left, right, self.places.top[name], self.places.bottom[name]
+        level = nodes[0].plates.index(name)
+        reach = [(n, len(n.plates) - level) for n in inside]
+        ys = [self.places.top[id(n)] - 18.0 * lift + 8 for n, lift in reach]
+        ends = [self.places.bottom[id(n)] + 5.0 * lift for n, lift in reach]
+        bands = [b for b in self.drawing.bands if b.source in nodes and b.target in nodes and self._crosses(b, row)]
+        ys += [self.places.span(b)[0] - 24.0 for b in bands]
+        ends += [self.places.span(b)[1] + 8.0 for b in bands]
+        return left, right, min(ys), max(ends)
 
     def _plate(self, name: str, row: _Row) -> None:
-        block, count = self.drawing.plates[name]
-        nodes = [n for n in self.drawing.nodes if name in n.plates
-                 and row.first <= self.places.column[id(n)] <= row.last]
-        if not nodes:
+        box = self._box(name, row)
+        if box is None:
             return
-        first = min(self.places.column[id(n)] for n in nodes)
-        last = max(self.places.column[id(n)] for n in nodes)
+        left, right, top, bottom = box
+        block, count = self.drawing.plates[name]
+        nodes = self.members[name]
         level = nodes[0].plates.index(name)
-        inset = 3.0 * level
-        left, right = self.left[first] - 8 + inset, self.right[last] + 8 - inset
-        top, bottom = self.places.top[name], self.places.bottom[name]
-        colour = f"plate{level % 5}"
         self.pen.plates.append(Mark("rect", "plate", id=name, block=name, x=left, y=top, w=right - left, h=bottom - top,
-                                    r=5, fill=colour, opacity=0.75))
-        title = _plate_title(name, block.title)
-        while title and text_width(title, 11, "title") > right - left - 8 and len(title) > 3:
-            title = title[:-2].rstrip("…") + "…"
+                                    r=5, fill=f"plate{level % 5}", opacity=0.75))
+        title = _shortened(_plate_title(name, block.title), right - left - 8)
         self.pen.plates.append(Mark("text", "title", block=name, x=left + 5, y=top + 13, text=title, font="title",
                                     size=11, anchor="start", fill="ink"))
-        if count > 1:
-            bands = [b for b in self.drawing.bands if self.places.column[id(b.source)] <= last
-                     and self.places.column[id(b.target)] >= first]
-            ys = [self.places.track_y(b, n) for b in bands for n in range(len(b.tracks))]
-            parentheses(self.pen, left - 8, right + 10, min([*ys, top]) - 4, max([*ys, bottom]) + 8, count)
+        if count < 2:
+            return
+        first, last = self._columns(nodes)
+        bands = [b for b in self.drawing.bands if self._crosses(b, row)
+                 and self.column[id(b.source)] <= last and self.column[id(b.target)] >= first]
+        spans = [self.places.span(b) for b in bands]
+        low, high = min([top, *(s[0] for s in spans)]) - 4, max([bottom, *(s[1] for s in spans)]) + 8
+        parentheses(self.pen, left - 8 if row.first <= first else None, right + 10 if last <= row.last else None,
+                    low, high, count)
+
+
+def _shortened(title: str, room: float) -> str:
+    if text_width(title, 11, "title") <= room:
+        return title
+    while len(title) > 1 and text_width(title + "…", 11, "title") > room:
+        title = title[:-1]
+    return title + "…"
 
 
 def _plate_title(name: str, title: str) -> str:
@@ -317,80 +360,12 @@ def _moved(mark: Mark, dy: float) -> Mark:
     """The mark, lower by dy."""
     if mark.shape != "path":
         return replace(mark, x=round(mark.x, 2), y=round(mark.y + dy, 2), w=round(mark.w, 2), h=round(mark.h, 2))
-    return replace(mark, d=_moved_path(mark.d, dy))
-
-
-def _moved_path(d: str, dy: float) -> str:
-    import re
-
-    made: list[str] = []
-    for command, body in re.findall(r"([MLHVCQAZ])([^MLHVCQAZ]*)", d):
+    moved: list[str] = []
+    for command, body in re.findall(r"([MLHVCQZ])([^MLHVCQZ]*)", mark.d):
         values = [float(v) for v in body.split()]
         if command == "V":
             values = [values[0] + dy]
         elif command in "MLCQ":
             values = [v + dy if n % 2 else v for n, v in enumerate(values)]
-        made.append(command + " ".join(number(v) for v in values))
-    return "".join(made)
-
-
-# words ---------------------------------------------------------------------------------------------------
-
-
-def _describe(circuit: Circuit, drawing: Drawing) -> str:
-    """The drawing in words."""
-    steps: list[str] = []
-    for node in drawing.nodes:
-        if node.kind in ("input", "output", "copy"):
-            continue
-        name = node.label or node.kind
-        times = f" repeated {node.count} times" if node.count > 1 else ""
-        steps.append(f"{node.kind} {name}{node.upper}{times}".replace("  ", " "))
-    repeated = [f"{name} repeats {count} times" for name, (_, count) in drawing.plates.items() if count > 1]
-    text = f"Neural circuit diagram of {circuit.title}: " + ", then ".join(steps[:40])
-    return text + (". " + ", ".join(repeated) if repeated else "") + "."
-
-
-def _notes(circuit: Circuit, marks: Iterable[Mark]) -> dict[str, tuple[str, ...]]:
-    """Lines to show on hover, for what is in the drawing."""
-    notes: dict[str, tuple[str, ...]] = {}
-    parameters = {t.name: t for t in circuit.tensors if t.kind == "parameter"}
-    for mark in marks:
-        if mark.wire and mark.wire not in notes:
-            wire = circuit.wires[mark.wire]
-            state = "permutable" if wire.permutable else f"not permutable: {wire.why}"
-            notes[mark.wire] = (f"wire {wire.name}", f"size {wire.size}", wire.origin, state)
-        if mark.op and mark.op not in notes:
-            op = circuit.op(mark.op)
-            shapes = ", ".join("×".join(map(str, circuit.tensor(n).shape)) for n in op.outputs)
-            held = [f"{n} {'×'.join(map(str, parameters[n].shape))}" for n in op.inputs if n in parameters]
-            notes[mark.op] = (f"{op.fn} {op.name}", f"gives {shapes}", *held, op.source)
-        if mark.block and mark.block not in notes:
-            block = circuit.block(mark.block)
-            count = sum(1 for _ in block.op_names())
-            notes[mark.block] = (f"{block.title} {block.name}", f"{count} ops", block.source)
-    return notes
-
-
-def _tinted(marks: list[Mark], overlay: Mapping[str, float], circuit: Circuit) -> list[Mark]:
-    known = set(circuit.wires) | {op.name for op in circuit.ops} | {b.name for b in circuit.root.blocks()}
-    unknown = [name for name in overlay if name not in known]
-    if unknown:
-        raise InputError(f"overlay has {unknown[0]!r}, which is no wire, op or block of this circuit")
-    values: dict[str, float] = {name: float(value) for name, value in overlay.items()}
-    low, high = min(values.values()), max(values.values())
-    made: list[Mark] = []
-    for mark in marks:
-        name = next((n for n in (mark.wire, mark.op, mark.block) if n in values), None)
-        if name is not None and mark.role in ("wire", "glyph", "block", "plate"):
-            share = (values[name] - low) / (high - low) if high > low else 1.0
-            change: dict[str, Any] = {"opacity": round(0.25 + 0.75 * share, 3)}
-            change |= {"stroke": "accent", "width": 1.3 + 2.2 * share} if mark.role == "wire" else {"fill": "accent"}
-            if mark.role == "wire":
-                change.pop("opacity")
-            mark = replace(mark, **change)
-        made.append(mark)
-    return made
-
-
-__all__ = ["TRACK", "draw"]
+        moved.append(command + " ".join(number(v) for v in values))
+    return replace(mark, d="".join(moved))

@@ -57,6 +57,11 @@ class Pen:
         """A copy, or an index shared and kept."""
         self.add(Mark("circle", "dot", wire=track.wires[0], x=x, y=y, r=3.4, fill="ink"))
 
+    def head(self, x: float, y: float) -> None:
+        """An arrowhead: the wire goes on in the next row."""
+        self.path(f"M{number(x)} {number(y - 3.5)}L{number(x + 8)} {number(y)}L{number(x)} {number(y + 3.5)}Z",
+                  "arrow", fill="ink", width=0.3)
+
     def text(
         self,
         x: float,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from circuitlab.circuit import Axis, Block, Circuit, Op
 from circuitlab.diagram.repeats import fold_repeats
+from circuitlab.diagram.signs import part_of, sign_of
 
 Occurrence = tuple[str, int, int]
 """(tensor, dimension, factor)."""
@@ -86,13 +87,20 @@ class Drawing:
 
 @dataclass
 class _Unit:
-    """What becomes one node: some ops, or a folded block."""
+    """What becomes one node: some ops, or a folded block. Of a fused map, one part: it makes that part alone."""
 
     ops: list[Op]
     block: Block | None
     plates: tuple[str, ...]
     folded: bool
     count: int = 1
+    makes: str = ""
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def outputs(self) -> list[str]:
+        """What others may read."""
+        return [self.makes] if self.makes else [name for op in self.ops for name in op.outputs]
 
 
 _RANK = {"batch": 9, "position": 0, "spatial": 0, "head": 5, "group": 6, "": 3}
@@ -124,6 +132,7 @@ class Reducer:
         """The drawing of the circuit's root."""
         root = self.circuit.root
         units = [_Unit(list(self._ops(root)), root, (), folded=True)] if self.depth == 0 else self._units(root, 1, ())
+        units = self._spread(units)
         if self.depth == 0:
             self.foldable[root.name] = "closed"
         nodes, made = self._nodes(units)
@@ -174,6 +183,57 @@ class Reducer:
                 self.foldable[item.name] = "closed"
                 units.append(_Unit(ops, item, plates, folded=True, count=count))
         return units
+
+    def _spread(self, units: list[_Unit]) -> list[_Unit]:
+        """Fused maps as their parts: a linear map of which only slices are read is one map for each slice.
+
+        That is what the slices mean: rows of the weight that make q, and rows that make k, are two maps.
+        """
+        home = {op.name: unit for unit in units if not unit.folded and len(unit.ops) == 1 for op in unit.ops}
+        dropped: set[int] = set()
+        made: list[_Unit] = []
+        for unit in units:
+            slices = self._slices(unit, home) if unit.ops and unit.ops[0].kind == "linear" else []
+            if not slices:
+                made.append(unit)
+                continue
+            dropped.update(id(home[op.name]) for op in slices)
+            parts = [(op, name) for op in slices for name in op.outputs if self._read_outside(name, set())]
+            made.extend(
+                _Unit([unit.ops[0], op], unit.block, unit.plates, folded=False, makes=name, part=(n, len(parts)))
+                for n, (op, name) in enumerate(parts)
+            )
+        return [unit for unit in made if id(unit) not in dropped]
+
+    def _slices(self, unit: _Unit, home: dict[str, _Unit]) -> list[Op]:
+        """The ops that take parts of a linear map's new wires, if nothing else reads the map's result."""
+        if len(unit.ops) != 1 or unit.folded or unit.count > 1:
+            return []
+        op = unit.ops[0]
+        readers = self._readers(op.outputs[0])
+        new = {a.wire for a in op.axes if a.role == "created"}
+        for reader in readers:
+            constant = reader.kind == "slice" or (reader.kind == "index" and len(self._live_inputs(reader)) == 1)
+            taken = [a for a in reader.axes if not a.passes and a.ins]
+            if not constant or reader.name not in home or any(a.wire not in new for a in taken):
+                return []
+        return readers
+
+    def _live_inputs(self, op: Op) -> list[str]:
+        return [name for name in op.inputs if name not in self.static]
+
+    def _readers(self, name: str) -> list[Op]:
+        """The ops that read an array, through reindexing."""
+        if name in self.circuit.outputs:
+            return []
+        found: dict[str, Op] = {}
+        for reader in self.circuit.consumers.get(name, ()):
+            op = self.circuit.op(reader)
+            if op.kind == "reindex" or op.attrs.get("active") is False:
+                found.update({o.name: o for out in op.outputs for o in self._readers(out)})
+            else:
+                found[op.name] = op
+        return list(found.values())
 
     def _is_open(self, block: Block, level: int, free: bool) -> bool:
         if block.name in self.closed:
@@ -309,28 +369,27 @@ class Reducer:
             node = self._node(unit)
             self.units[id(node)] = unit
             nodes.append(node)
-            for op in unit.ops:
-                for name in op.outputs:
-                    made[name] = node
+            for name in unit.outputs:
+                made[name] = node
         for name in self.circuit.outputs:
             if self.canonical(name) in made:
                 nodes.append(Node("output", label=name))
         return nodes, made
 
     def _node(self, unit: _Unit) -> Node:
-        from circuitlab.diagram.signs import sign_of
-
         if unit.folded and unit.block is not None:
             return Node(
                 "block", label=_title(unit.block), block=unit.block.name, plates=unit.plates, count=unit.count
             )
-        sign = sign_of(self.circuit, unit.ops, unit.block, self.static)
+        sign = sign_of(self.circuit, unit.ops[:1] if unit.makes else unit.ops, unit.block, self.static)
+        if unit.makes:
+            sign = part_of(sign, *unit.part)
         return Node(
             sign.kind,
             sign.label,
             sign.upper,
             sign.lower,
-            op=unit.ops[-1].name if len(unit.ops) == 1 else "",
+            op=unit.ops[0].name if len(unit.ops) == 1 or unit.makes else "",
             block=unit.block.name if unit.block is not None else "",
             plates=unit.plates,
             count=unit.count,
@@ -361,8 +420,8 @@ class Reducer:
             source = made[name]
             tracks = self.tracks(name)
             if len(found) > 1:
-                plates = source.plates
-                for reader in found:
+                plates = found[0].plates
+                for reader in found[1:]:
                     plates = _common(plates, reader.plates)
                 copy = Node("copy", plates=plates)
                 trunk = Band(name, tracks, source, copy)
@@ -395,10 +454,11 @@ class Reducer:
     def _reads(self, unit: _Unit, made: dict[str, Node], node: Node) -> list[str]:
         """The arrays that a unit takes from elsewhere, in order."""
         found: dict[str, None] = {}
+        inner = {name for op in unit.ops for name in op.outputs}
         for op in unit.ops:
             for name in op.inputs:
                 base = self.canonical(name)
-                if base not in self.static and base in made and made[base] is not node:
+                if base not in self.static and base in made and made[base] is not node and base not in inner:
                     found[base] = None
         return list(found)
 

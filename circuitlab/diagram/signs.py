@@ -59,6 +59,18 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
     return Sign("box", op.fn)
 
 
+def part_of(sign: Sign, number: int, count: int) -> Sign:
+    """The sign of one part of a fused map: of QKV Q, of kv v, of gate_up gate; else the name with a number."""
+    words = sign.upper.split("_")
+    if len(sign.upper) == count:
+        upper = sign.upper[number]
+    elif len(words) == count:
+        upper = words[number]
+    else:
+        upper = f"{sign.upper}{number + 1}"
+    return Sign(sign.kind, sign.label, upper, sign.lower)
+
+
 def _map_name(circuit: Circuit, op: Op) -> str:
     """Superscript of a learned map: by its wires where they tell (heads in: O; a sum of three heads out: QKV)."""
     kinds = {axis.role: set[str]() for axis in op.axes}

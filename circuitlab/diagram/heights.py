@@ -1,0 +1,253 @@
+"""Heights of tracks: a linear programme. Few and small bends, long straight lines first, then as compact as can be.
+
+Every track of every band has a height of its own, and a band without tracks (a scalar) has one too. Constraints say what may not overlap; the objective is the weighted
+sum of the bends of everything that passes from band to band, and a little of all heights, so that nothing drifts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from circuitlab.diagram.reduce import Band, Drawing, Node
+
+TRACK = 26.0
+"""Least distance between the wires of an array: room for a label."""
+
+_BAND_GAP = 30.0
+_CLEAR = 8.0
+_TITLE = 18.0
+_FLOATING = {"copy", "merge", "elementwise", "mask", "input", "output"}
+_HEAD = {"elementwise": 28.0, "mask": 32.0, "merge": 26.0, "input": 20.0, "output": 20.0, "contract": 20.0}
+_PAD = {"block": 20.0, "linear": 14.0, "embedding": 14.0, "conv": 13.0, "box": 14.0, "opaque": 14.0, "pool": 13.0,
+        "norm": 9.0, "softmax": 11.0, "index": 10.0, "bar": 8.0}
+_BELOW = {"softmax": 24.0}
+
+
+class Heights:
+    """Builds and solves the programme for one drawing."""
+
+    def __init__(self, drawing: Drawing, column: Mapping[int, int], order: Mapping[int, int]) -> None:
+        self.drawing, self.column, self.order = drawing, column, order
+        self.count = 0
+        self.limits: list[tuple[int, int, float, int]] = []
+        self.bends: list[tuple[int, int, float]] = []
+        self.pulls: dict[int, float] = {}
+        self.y = {id(band): [self._variable() for _ in band.tracks or [None]] for band in drawing.bands}
+        keys: list[int | str] = [*(id(node) for node in drawing.nodes), *drawing.plates]
+        self.top = {key: self._variable() for key in keys}
+        self.bottom = {key: self._variable() for key in keys}
+
+    def solve(self) -> tuple[dict[int, list[float]], dict[int | str, float], dict[int | str, float]]:
+        """Heights of each band's tracks, and tops and bottoms of nodes (by id) and plates (by name)."""
+        for band in self.drawing.bands:
+            tracks = self.y[id(band)]
+            for above, below in itertools.pairwise(tracks):
+                self._below(above, below, TRACK, 9)
+            for variable in tracks:
+                self._pull(variable, 0.003)
+        for node in self.drawing.nodes:
+            self._node(node)
+        for name in self.drawing.plates:
+            self._pull(self.top[name], -0.01)
+            self._pull(self.bottom[name], 0.012)
+        self._separate_bands()
+        self._separate_boxes()
+        found = self._optimum()
+        heights = {key: [float(found[v]) for v in tracks] for key, tracks in self.y.items()}
+        return (
+            heights,
+            {key: float(found[v]) for key, v in self.top.items()},
+            {key: float(found[v]) for key, v in self.bottom.items()},
+        )
+
+    # the programme ------------------------------------------------------------------------------------
+
+    def _variable(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def _below(self, a: int, b: int, gap: float, weight: int = 2) -> None:
+        """B lies at least gap below a. Where such wishes contradict each other, those of the least weight are dropped."""
+        self.limits.append((a, b, gap, weight))
+
+    def _consistent(self) -> list[tuple[int, int, float, int]]:
+        """All gaps are positive, so the wishes can be met if and only if they have no cycle."""
+        kept = self.limits
+        while kept:
+            ends = np.array([(a, b) for a, b, _, _ in kept])
+            graph = coo_matrix((np.ones(len(kept)), (ends[:, 0], ends[:, 1])), shape=(self.count, self.count))
+            _, label = connected_components(graph, directed=True, connection="strong")
+            inside = label[ends[:, 0]] == label[ends[:, 1]]
+            if not inside.any():
+                break
+            least = min(limit[3] for limit, bad in zip(kept, inside, strict=True) if bad)
+            kept = [limit for limit, bad in zip(kept, inside, strict=True) if not (bad and limit[3] == least)]
+        return kept
+
+    def _level(self, a: int, b: int, weight: float) -> None:
+        """A and b should be at one height."""
+        self.bends.append((a, b, weight))
+
+    def _pull(self, variable: int, weight: float) -> None:
+        self.pulls[variable] = self.pulls.get(variable, 0.0) + weight
+
+    def _optimum(self) -> np.ndarray:
+        """Each bend is the sum of an upward and a downward part, both at least 0."""
+        n, m = self.count, len(self.bends)
+        if n == 0:
+            return np.zeros(0)
+        cost = np.zeros(n + 2 * m)
+        for variable, weight in self.pulls.items():
+            cost[variable] = weight
+        weights = np.array([weight for _, _, weight in self.bends])
+        cost[n : n + m] = cost[n + m :] = weights
+        kept = self._consistent()
+        limits = _matrix([[(a, 1.0), (b, -1.0)] for a, b, _, _ in kept], n + 2 * m)
+        gaps = np.array([-gap for _, _, gap, _ in kept])
+        levels = _matrix(
+            [[(a, 1.0), (b, -1.0), (n + k, 1.0), (n + m + k, -1.0)] for k, (a, b, _) in enumerate(self.bends)],
+            n + 2 * m,
+        )
+        found = linprog(
+            cost, A_ub=limits if kept else None, b_ub=gaps if kept else None, A_eq=levels if m else None, b_eq=np.zeros(m) if m else None,
+            bounds=(0, None), method="highs",
+        )
+        if found.x is None:
+            raise RuntimeError(f"heights could not be found: {found.message}")
+        return found.x[:n]
+
+    # what the drawing asks for ------------------------------------------------------------------------
+
+    def _node(self, node: Node) -> None:
+        top, bottom = self.top[id(node)], self.bottom[id(node)]
+        acted = {(id(band), n) for band in (*node.ins, *node.outs) for n in node.acted(band)}
+        if node.kind in _FLOATING or not acted:
+            head = _HEAD.get(node.kind, 18.0)
+            for band in (*node.ins, *node.outs):
+                for variable in self.y[id(band)]:
+                    self._below(top, variable, head)
+                    self._below(variable, bottom, 12.0)
+            self._below(top, bottom, head + 12.0)
+        else:
+            self._glyph(node, acted)
+        for a, i, b, o in node.passes:
+            weight = 2.0  # what must bend, bends where it branches and joins
+            if node.kind in ("copy", "merge"):
+                weight = 6.0 if self._is_skip(node, a, b) else 0.5
+            self._level(self.y[id(a)][i], self.y[id(b)][o], weight)
+        for one, other in _followed(node):
+            self._level(self.y[id(one[0])][one[1]], self.y[id(other[0])][other[1]], 1.5)
+        self._pull(bottom, 0.02)
+        self._pull(top, -0.015)
+        for plate in node.plates:
+            self._below(self.top[plate], top, 4.0)
+            self._below(bottom, self.bottom[plate], 3.0)
+        for inner, outer in zip(node.plates[1:], node.plates, strict=False):
+            self._below(self.top[outer], self.top[inner], _TITLE)
+            self._below(self.bottom[inner], self.bottom[outer], 5.0)
+        if node.plates:
+            self._below(self.top[node.plates[-1]], top, _TITLE - 4.0)
+
+    def _glyph(self, node: Node, acted: set[tuple[int, int]]) -> None:
+        """The glyph spans the tracks it acts on; what passes keeps clear of it, above or below."""
+        top, bottom = self._variable(), self._variable()
+        pad, tail = _PAD.get(node.kind, 10.0), _BELOW.get(node.kind, _PAD.get(node.kind, 10.0))
+        rank = {id(band): self.order[id(band)] for band in (*node.ins, *node.outs)}
+        upper = [min(side, key=lambda b: rank[id(b)]) for side in (node.ins, node.outs) if side]
+        lower = [max(side, key=lambda b: rank[id(b)]) for side in (node.ins, node.outs) if side]
+        passed = {(id(a), i): (id(b), o) for a, i, b, o in node.passes}
+        for band in (*node.ins, *node.outs):
+            numbers = [n for n in range(len(band.tracks)) if (id(band), n) in acted]
+            for n, variable in enumerate(self.y[id(band)]):
+                if (id(band), n) in acted:
+                    self._below(top, variable, pad)
+                    self._below(variable, bottom, tail)
+                elif node.kind != "contract" and numbers and n < numbers[0] and band in upper:
+                    self._below(variable, top, _CLEAR, 1)
+                elif node.kind != "contract" and numbers and n > numbers[-1] and band in lower:
+                    self._below(bottom, variable, _CLEAR, 1)
+                    for key, out in passed.items():
+                        if out == (id(band), n):
+                            self._below(bottom, self.y[key[0]][key[1]], _CLEAR, 1)
+                self._below(self.top[id(node)], variable, 18.0)
+                self._below(variable, self.bottom[id(node)], 10.0)
+        self._below(top, bottom, 2 * pad)
+        self._below(self.top[id(node)], top, _HEAD.get(node.kind, 4.0))
+        self._below(bottom, self.bottom[id(node)], 2.0)
+        self._pull(top, -0.01)
+        self._pull(bottom, 0.012)
+
+    def _is_skip(self, node: Node, a: Band, b: Band) -> bool:
+        """The branch of a copy, or operand of a sum, that goes the longest way: the residual stream."""
+        rivals = node.outs if node.kind == "copy" else node.ins
+        mine = b if node.kind == "copy" else a
+        return mine is max(rivals, key=lambda band: (self._span(band), self.order[id(band)]))
+
+    def _span(self, band: Band) -> int:
+        return self.column[id(band.target)] - self.column[id(band.source)]
+
+    def _separate_bands(self) -> None:
+        gaps: list[list[Band]] = [[] for _ in range(max(self.column.values(), default=0) + 1)]
+        for band in sorted(self.drawing.bands, key=lambda band: self.order[id(band)]):
+            for gap in range(self.column[id(band.source)], self.column[id(band.target)]):
+                gaps[gap].append(band)
+        done: set[tuple[int, int]] = set()
+        for bands in gaps:
+            for above, below in itertools.pairwise(bands):
+                if (id(above), id(below)) not in done:
+                    done.add((id(above), id(below)))
+                    self._below(self.y[id(above)][-1], self.y[id(below)][0], _BAND_GAP, 8)
+
+    def _separate_boxes(self) -> None:
+        """Nodes and plates keep off bands and each other where they share columns, in the order of their bands."""
+        boxes: list[tuple[int | str, int, int, int, int]] = []
+        own: dict[int | str, set[int]] = {}
+        members = {name: [n for n in self.drawing.nodes if name in n.plates] for name in self.drawing.plates}
+        groups: list[tuple[int | str, list[Node]]] = [(id(node), [node]) for node in self.drawing.nodes]
+        for key, nodes in [*groups, *members.items()]:
+            bands = {id(band) for node in nodes for band in (*node.ins, *node.outs)}
+            if not bands:
+                continue
+            numbers = [self.order[band] for band in bands]
+            at = [self.column[id(node)] for node in nodes]
+            boxes.append((key, min(at), max(at), min(numbers), max(numbers)))
+            own[key] = bands
+        around: dict[int | str, set[str]] = {id(node): set(node.plates) for node in self.drawing.nodes}
+        for name, nodes in members.items():
+            around[name] = set(nodes[0].plates[: nodes[0].plates.index(name)]) if nodes else set()
+        for key, first, last, low, high in boxes:
+            for band in self.drawing.bands:
+                spans = self.column[id(band.source)] < last and self.column[id(band.target)] > first
+                if id(band) in own[key] or not spans:
+                    continue
+                if self.order[id(band)] > high:
+                    self._below(self.bottom[key], self.y[id(band)][0], 14.0, 1)
+                elif self.order[id(band)] < low:
+                    self._below(self.y[id(band)][-1], self.top[key], 4.0, 1)
+            for other, begin, end, its_low, _ in boxes:
+                shares = begin <= last and end >= first
+                nested = other in around[key] or key in around[other]
+                if key != other and shares and not nested and high < its_low:
+                    self._below(self.bottom[key], self.top[other], 6.0, 0)
+
+
+def _matrix(rows: list[list[tuple[int, float]]], width: int) -> coo_matrix:
+    r = [number for number, row in enumerate(rows) for _ in row]
+    c = [column for row in rows for column, _ in row]
+    v = [value for row in rows for _, value in row]
+    return coo_matrix((v, (r, c)), shape=(len(rows), width))
+
+
+def _followed(node: Node) -> list[tuple[tuple[Band, int], tuple[Band, int]]]:
+    """Tracks that end at a node and tracks that begin there should be level, in order."""
+    if node.kind in ("copy", "contract", "merge"):
+        return []
+    ins = [(band, number) for band in node.ins for number in node.acted(band)]
+    outs = [(band, number) for band in node.outs for number in node.acted(band)]
+    return list(zip(ins, outs, strict=False))
