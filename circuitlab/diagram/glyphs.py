@@ -16,8 +16,9 @@ _FLOATING = {"elementwise", "mask"}
 
 def node_width(node: Node, places: Places) -> float:
     """How wide a node's column must be."""
+    spot = Spot(node, 0.0, 0.0, places)
     bend = max(
-        (abs(places.track_y(a, i) - places.track_y(b, o)) for a, i, b, o in node.passes), default=0.0
+        (abs(spot.track(a, i) - spot.track(b, o)) for a, i, b, o in node.passes), default=0.0
     )
     curve = min(max(bend * 0.45, 0.0), 64.0) + (14.0 if bend > 1 else 0.0)
     label = width(node.label, 12, "title")
@@ -44,7 +45,7 @@ def node_width(node: Node, places: Places) -> float:
     if node.kind == "conv":
         return max(label + 22.0, 40.0, curve)
     if node.kind == "bar":
-        return max(22.0, curve)
+        return 22.0 + curve
     return max(label + 18.0, 34.0, curve)
 
 
@@ -57,6 +58,14 @@ class Spot:
     right: float
     places: Places
 
+    def ys(self, band: Band) -> list[float]:
+        """Heights of a band's tracks here."""
+        return self.places.y[id(band), self.places.row(self.node)]
+
+    def track(self, band: Band, number: int) -> float:
+        """Height of one track here."""
+        return self.ys(band)[number]
+
     @property
     def middle(self) -> float:
         """Centre of the column."""
@@ -64,12 +73,12 @@ class Spot:
 
     def heights(self, bands: list[Band]) -> list[float]:
         """Heights of the tracks of some bands that end or begin here."""
-        return [self.places.track_y(band, n) for band in bands for n in self.node.acted(band)]
+        return [self.track(band, n) for band in bands for n in self.node.acted(band)]
 
     @property
     def all_heights(self) -> list[float]:
         """Heights of every track that touches the node."""
-        return [y for band in (*self.node.ins, *self.node.outs) for y in self.places.y[id(band)]]
+        return [y for band in (*self.node.ins, *self.node.outs) for y in self.ys(band)]
 
 
 def draw_node(pen: Pen, spot: Spot) -> None:
@@ -78,7 +87,7 @@ def draw_node(pen: Pen, spot: Spot) -> None:
     if node.kind in ("input", "output"):
         return
     start = len(pen.marks)
-    if node.kind != "contract":
+    if node.kind not in ("contract", "bar"):
         _passing(pen, spot)
     draw = {
         "copy": _copy, "merge": _merge, "contract": _contract, "softmax": _softmax, "norm": _norm, "linear": _linear,
@@ -97,7 +106,7 @@ def draw_node(pen: Pen, spot: Spot) -> None:
 
 def _passing(pen: Pen, spot: Spot) -> None:
     for a, i, b, o in spot.node.passes:
-        y0, y1 = spot.places.track_y(a, i), spot.places.track_y(b, o)
+        y0, y1 = spot.track(a, i), spot.track(b, o)
         pen.wire(b.tracks[o], [(spot.left, y0), (spot.right, y1)])
 
 
@@ -105,11 +114,11 @@ def _leads(pen: Pen, spot: Spot, left: float, right: float) -> None:
     """Wires that end at the glyph's left edge, or begin at its right edge."""
     for band in spot.node.ins:
         for n in spot.node.acted(band):
-            y = spot.places.track_y(band, n)
+            y = spot.track(band, n)
             pen.wire(band.tracks[n], [(spot.left, y), (left, y)])
     for band in spot.node.outs:
         for n in spot.node.acted(band):
-            y = spot.places.track_y(band, n)
+            y = spot.track(band, n)
             pen.wire(band.tracks[n], [(right, y), (spot.right, y)])
 
 
@@ -117,35 +126,35 @@ def _copy(pen: Pen, spot: Spot) -> None:
     if len(spot.node.outs) > 1:
         for band in spot.node.ins:
             for n, track in enumerate(band.tracks):
-                pen.dot(spot.left, spot.places.track_y(band, n), track)
+                pen.dot(spot.left, spot.track(band, n), track)
 
 
 def _merge(pen: Pen, spot: Spot) -> None:
     for band in spot.node.outs:
         for n, track in enumerate(band.tracks):
-            pen.dot(spot.right, spot.places.track_y(band, n), track)
+            pen.dot(spot.right, spot.track(band, n), track)
     if spot.node.outs:
-        y = min(spot.places.span(band)[0] for band in spot.node.outs)
+        y = min(spot.ys(band)[0] for band in spot.node.outs)
         pen.text(spot.right, y - 9, spot.node.label, size=17 if len(spot.node.label) < 2 else 12, font="label")
 
 
 def _contract(pen: Pen, spot: Spot) -> None:
     """First the arcs, over which what passes runs straight on; then its bends, and dots where an index is shared."""
-    node, places = spot.node, spot.places
+    node = spot.node
     bend = spot.left + _arc_width(node)
     shared: dict[tuple[int, int], int] = {}
     for a, i, b, o in node.passes:
-        y0, y1 = places.track_y(a, i), places.track_y(b, o)
+        y0, y1 = spot.track(a, i), spot.track(b, o)
         pen.wire(b.tracks[o], [(spot.left, y0), (bend, y0), (spot.right, y1)])
         shared[id(b), o] = shared.get((id(b), o), 0) + 1
     for band in node.outs:
         for n, track in enumerate(band.tracks):
             if shared.get((id(band), n), 0) > 1:
-                pen.dot(spot.right, places.track_y(band, n), track)
+                pen.dot(spot.right, spot.track(band, n), track)
     apex = spot.left + 20.0
     paired: set[tuple[int, int]] = set()
     for (a, i), (b, j) in node.pairs:
-        y0, y1 = sorted((places.track_y(a, i), places.track_y(b, j)))
+        y0, y1 = sorted((spot.track(a, i), spot.track(b, j)))
         paired |= {(id(a), i), (id(b), j)}
         r = min(18.0, (y1 - y0) / 2)
         d = (f"M{number(spot.left)} {number(y0)}C{number(apex)} {number(y0)} {number(apex)} {number(y0)} "
@@ -161,7 +170,7 @@ def _contract(pen: Pen, spot: Spot) -> None:
     for band in (*node.ins, *node.outs):
         for n in node.acted(band):
             if (id(band), n) not in paired:
-                y = places.track_y(band, n)
+                y = spot.track(band, n)
                 ends = (spot.left, apex) if band in node.ins else (bend, spot.right)
                 pen.wire(band.tracks[n], [(ends[0], y), (ends[1], y)])
 
@@ -173,7 +182,7 @@ def _arc_width(node: Node) -> float:
 def _free_height(spot: Spot, y0: float, y1: float) -> float:
     """A height between two, in the largest gap between the wires that pass, near the middle."""
     middle = (y0 + y1) / 2
-    inner = sorted(y for a, i, _, _ in spot.node.passes if y0 < (y := spot.places.track_y(a, i)) < y1)
+    inner = sorted(y for a, i, _, _ in spot.node.passes if y0 < (y := spot.track(a, i)) < y1)
     edges = [y0, *inner, y1]
     return max(
         ((low + high) / 2 for low, high in itertools.pairwise(edges)),
@@ -228,10 +237,10 @@ def _elementwise(pen: Pen, spot: Spot) -> None:
     node = spot.node
     for band in node.ins:
         for n in node.acted(band):
-            pen.wire(band.tracks[n], [(spot.left, spot.places.track_y(band, n)), (spot.middle, spot.places.track_y(band, n))])
+            pen.wire(band.tracks[n], [(spot.left, spot.track(band, n)), (spot.middle, spot.track(band, n))])
     for band in node.outs:
         for n in node.acted(band):
-            pen.wire(band.tracks[n], [(spot.middle, spot.places.track_y(band, n)), (spot.right, spot.places.track_y(band, n))])
+            pen.wire(band.tracks[n], [(spot.middle, spot.track(band, n)), (spot.right, spot.track(band, n))])
     y = min(spot.all_heights, default=0.0)
     x = spot.middle
     if node.kind == "mask":
@@ -279,15 +288,24 @@ def parentheses(pen: Pen, left: float | None, right: float | None, low: float, h
 
 
 def _bar(pen: Pen, spot: Spot) -> None:
-    x = spot.middle
-    for band in spot.node.ins:
-        for n in spot.node.acted(band):
-            y = spot.places.track_y(band, n)
-            pen.wire(band.tracks[n], [(spot.left, y), (x, y)])
-    for band in spot.node.outs:
-        for n in spot.node.acted(band):
-            y = spot.places.track_y(band, n)
-            pen.wire(band.tracks[n], [(x, y), (spot.right, y)])
+    """Arrays joined: what they share meets first, then the bar. One taken apart: the bar, then what each gets of it."""
+    node = spot.node
+    joins = len(node.ins) > 1
+    x = spot.right - 8 if joins else spot.left + 8
+    meets: dict[tuple[int, int], int] = {}
+    for a, i, b, o in node.passes:
+        points = [(spot.left, spot.track(a, i)), (spot.right, spot.track(b, o))]
+        turn = (spot.right - 18, points[1][1]) if joins else (spot.left + 18, points[0][1])
+        pen.wire(b.tracks[o], [points[0], turn, points[1]])
+        key, at = ((id(b), o), turn) if joins else ((id(a), i), turn)
+        meets[key] = meets.get(key, 0) + 1
+        if meets[key] == 2:
+            pen.dot(at[0], at[1], b.tracks[o])
+    for bands, end in ((node.ins, spot.left), (node.outs, spot.right)):
+        for band in bands:
+            for n in node.acted(band):
+                y = spot.track(band, n)
+                pen.wire(band.tracks[n], sorted([(end, y), (x, y)]))
     low, high = _extent(spot, 7.0)
     pen.path(f"M{number(x)} {number(low)}V{number(high)}", "glyph", width=4.5)
 

@@ -2,12 +2,13 @@
 
 Every track of every band has a height of its own, and a band without tracks (a scalar) has one too. Constraints say what may not overlap; the objective is the weighted
 sum of the bends of everything that passes from band to band, and a little of all heights, so that nothing drifts.
+Where the drawing is wrapped into rows, what goes on in the next row has new heights there.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import linprog
@@ -15,6 +16,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from circuitlab.diagram.reduce import Band, Drawing, Node
+
+Box = tuple[int | str, int]
+"""(id of a node or name of a plate, row)."""
 
 TRACK = 26.0
 """Least distance between the wires of an array: room for a label."""
@@ -32,30 +36,43 @@ _BELOW = {"softmax": 24.0}
 class Heights:
     """Builds and solves the programme for one drawing."""
 
-    def __init__(self, drawing: Drawing, column: Mapping[int, int], order: Mapping[int, int]) -> None:
-        self.drawing, self.column, self.order = drawing, column, order
+    def __init__(
+        self, drawing: Drawing, column: Mapping[int, int], order: Mapping[int, int], row_of: Sequence[int]
+    ) -> None:
+        self.drawing, self.column, self.order, self.row_of = drawing, column, order, row_of
         self.count = 0
         self.limits: list[tuple[int, int, float, int]] = []
         self.bends: list[tuple[int, int, float]] = []
         self.pulls: dict[int, float] = {}
-        self.y = {id(band): [self._variable() for _ in band.tracks or [None]] for band in drawing.bands}
-        keys: list[int | str] = [*(id(node) for node in drawing.nodes), *drawing.plates]
+        self.y = {
+            (id(band), row): [self._variable() for _ in band.tracks or [None]]
+            for band in drawing.bands
+            for row in range(row_of[column[id(band.source)]], row_of[column[id(band.target)]] + 1)
+        }
+        self.members: dict[Box, list[Node]] = {
+            (name, row): nodes
+            for name in drawing.plates
+            for row in range(row_of[-1] + 1)
+            if (nodes := [n for n in drawing.nodes if name in n.plates and self._row(n) == row])
+        }
+        keys: list[Box] = [*((id(node), self._row(node)) for node in drawing.nodes), *self.members]
         self.top = {key: self._variable() for key in keys}
         self.bottom = {key: self._variable() for key in keys}
 
-    def solve(self) -> tuple[dict[int, list[float]], dict[int | str, float], dict[int | str, float]]:
-        """Heights of each band's tracks, and tops and bottoms of nodes (by id) and plates (by name)."""
-        for band in self.drawing.bands:
-            tracks = self.y[id(band)]
+    def solve(self) -> tuple[dict[tuple[int, int], list[float]], dict[Box, float], dict[Box, float]]:
+        """Heights of each band's tracks in each row, and tops and bottoms of nodes (by id) and plates (by name)."""
+        for tracks in self.y.values():
             for above, below in itertools.pairwise(tracks):
                 self._below(above, below, TRACK, 9)
+                self._pull(above, -0.05)
+                self._pull(below, 0.05)
             for variable in tracks:
                 self._pull(variable, 0.003)
         for node in self.drawing.nodes:
             self._node(node)
-        for name in self.drawing.plates:
-            self._pull(self.top[name], -0.01)
-            self._pull(self.bottom[name], 0.012)
+        for key in self.members:
+            self._pull(self.top[key], -0.01)
+            self._pull(self.bottom[key], 0.012)
         self._separate_bands()
         self._separate_boxes()
         found = self._optimum()
@@ -65,6 +82,13 @@ class Heights:
             {key: float(found[v]) for key, v in self.top.items()},
             {key: float(found[v]) for key, v in self.bottom.items()},
         )
+
+    def _row(self, node: Node) -> int:
+        return self.row_of[self.column[id(node)]]
+
+    def _at(self, band: Band, node: Node) -> list[int]:
+        """A band's heights where a node stands."""
+        return self.y[id(band), self._row(node)]
 
     # the programme ------------------------------------------------------------------------------------
 
@@ -125,12 +149,13 @@ class Heights:
     # what the drawing asks for ------------------------------------------------------------------------
 
     def _node(self, node: Node) -> None:
-        top, bottom = self.top[id(node)], self.bottom[id(node)]
+        row = self._row(node)
+        top, bottom = self.top[id(node), row], self.bottom[id(node), row]
         acted = {(id(band), n) for band in (*node.ins, *node.outs) for n in node.acted(band)}
         if node.kind in _FLOATING or not acted:
             head = _HEAD.get(node.kind, 18.0)
             for band in (*node.ins, *node.outs):
-                for variable in self.y[id(band)]:
+                for variable in self._at(band, node):
                     self._below(top, variable, head)
                     self._below(variable, bottom, 12.0)
             self._below(top, bottom, head + 12.0)
@@ -140,22 +165,23 @@ class Heights:
             weight = 2.0  # what must bend, bends where it branches and joins
             if node.kind in ("copy", "merge"):
                 weight = 6.0 if self._is_skip(node, a, b) else 0.5
-            self._level(self.y[id(a)][i], self.y[id(b)][o], weight)
+            self._level(self._at(a, node)[i], self._at(b, node)[o], weight)
         for one, other in _followed(node):
-            self._level(self.y[id(one[0])][one[1]], self.y[id(other[0])][other[1]], 1.5)
+            self._level(self._at(one[0], node)[one[1]], self._at(other[0], node)[other[1]], 1.5)
         self._pull(bottom, 0.02)
         self._pull(top, -0.015)
         for plate in node.plates:
-            self._below(self.top[plate], top, 4.0)
-            self._below(bottom, self.bottom[plate], 3.0)
+            self._below(self.top[plate, row], top, 4.0)
+            self._below(bottom, self.bottom[plate, row], 3.0)
         for inner, outer in zip(node.plates[1:], node.plates, strict=False):
-            self._below(self.top[outer], self.top[inner], _TITLE)
-            self._below(self.bottom[inner], self.bottom[outer], 5.0)
+            self._below(self.top[outer, row], self.top[inner, row], _TITLE)
+            self._below(self.bottom[inner, row], self.bottom[outer, row], 5.0)
         if node.plates:
-            self._below(self.top[node.plates[-1]], top, _TITLE - 4.0)
+            self._below(self.top[node.plates[-1], row], top, _TITLE - 4.0)
 
     def _glyph(self, node: Node, acted: set[tuple[int, int]]) -> None:
         """The glyph spans the tracks it acts on; what passes keeps clear of it, above or below."""
+        row = self._row(node)
         top, bottom = self._variable(), self._variable()
         pad, tail = _PAD.get(node.kind, 10.0), _BELOW.get(node.kind, _PAD.get(node.kind, 10.0))
         rank = {id(band): self.order[id(band)] for band in (*node.ins, *node.outs)}
@@ -164,7 +190,7 @@ class Heights:
         passed = {(id(a), i): (id(b), o) for a, i, b, o in node.passes}
         for band in (*node.ins, *node.outs):
             numbers = [n for n in range(len(band.tracks)) if (id(band), n) in acted]
-            for n, variable in enumerate(self.y[id(band)]):
+            for n, variable in enumerate(self._at(band, node)):
                 if (id(band), n) in acted:
                     self._below(top, variable, pad)
                     self._below(variable, bottom, tail)
@@ -172,14 +198,14 @@ class Heights:
                     self._below(variable, top, _CLEAR, 1)
                 elif node.kind != "contract" and numbers and n > numbers[-1] and band in lower:
                     self._below(bottom, variable, _CLEAR, 1)
-                    for key, out in passed.items():
+                    for (key, number), out in passed.items():
                         if out == (id(band), n):
-                            self._below(bottom, self.y[key[0]][key[1]], _CLEAR, 1)
-                self._below(self.top[id(node)], variable, 18.0)
-                self._below(variable, self.bottom[id(node)], 10.0)
+                            self._below(bottom, self.y[key, row][number], _CLEAR, 1)
+                self._below(self.top[id(node), row], variable, 18.0)
+                self._below(variable, self.bottom[id(node), row], 10.0)
         self._below(top, bottom, 2 * pad)
-        self._below(self.top[id(node)], top, _HEAD.get(node.kind, 4.0))
-        self._below(bottom, self.bottom[id(node)], 2.0)
+        self._below(self.top[id(node), row], top, _HEAD.get(node.kind, 4.0))
+        self._below(bottom, self.bottom[id(node), row], 2.0)
         self._pull(top, -0.01)
         self._pull(bottom, 0.012)
 
@@ -197,20 +223,22 @@ class Heights:
         for band in sorted(self.drawing.bands, key=lambda band: self.order[id(band)]):
             for gap in range(self.column[id(band.source)], self.column[id(band.target)]):
                 gaps[gap].append(band)
-        done: set[tuple[int, int]] = set()
-        for bands in gaps:
-            for above, below in itertools.pairwise(bands):
-                if (id(above), id(below)) not in done:
-                    done.add((id(above), id(below)))
-                    self._below(self.y[id(above)][-1], self.y[id(below)][0], _BAND_GAP, 8)
+        done: set[tuple[int, int, int]] = set()
+        for gap, bands in enumerate(gaps[:-1]):
+            for row in dict.fromkeys(self.row_of[gap : gap + 2]):
+                for above, below in itertools.pairwise(bands):
+                    if (id(above), id(below), row) not in done:
+                        done.add((id(above), id(below), row))
+                        self._below(self.y[id(above), row][-1], self.y[id(below), row][0], _BAND_GAP, 8)
 
     def _separate_boxes(self) -> None:
         """Nodes and plates keep off bands and each other where they share columns, in the order of their bands."""
-        boxes: list[tuple[int | str, int, int, int, int]] = []
-        own: dict[int | str, set[int]] = {}
-        members = {name: [n for n in self.drawing.nodes if name in n.plates] for name in self.drawing.plates}
-        groups: list[tuple[int | str, list[Node]]] = [(id(node), [node]) for node in self.drawing.nodes]
-        for key, nodes in [*groups, *members.items()]:
+        groups: dict[Box, list[Node]] = {(id(node), self._row(node)): [node] for node in self.drawing.nodes}
+        groups.update(self.members)
+        boxes: list[tuple[Box, int, int, int, int]] = []
+        own: dict[Box, set[int]] = {}
+        around: dict[Box, set[Box]] = {}
+        for key, nodes in groups.items():
             bands = {id(band) for node in nodes for band in (*node.ins, *node.outs)}
             if not bands:
                 continue
@@ -218,20 +246,23 @@ class Heights:
             at = [self.column[id(node)] for node in nodes]
             boxes.append((key, min(at), max(at), min(numbers), max(numbers)))
             own[key] = bands
-        around: dict[int | str, set[str]] = {id(node): set(node.plates) for node in self.drawing.nodes}
-        for name, nodes in members.items():
-            around[name] = set(nodes[0].plates[: nodes[0].plates.index(name)]) if nodes else set()
+            plates = nodes[0].plates
+            outer = plates[: plates.index(key[0])] if isinstance(key[0], str) else plates
+            around[key] = {(name, key[1]) for name in outer}
         for key, first, last, low, high in boxes:
+            row = key[1]
             for band in self.drawing.bands:
-                spans = self.column[id(band.source)] < last and self.column[id(band.target)] > first
-                if id(band) in own[key] or not spans:
+                if id(band) in own[key] or (id(band), row) not in self.y:
                     continue
+                if self.column[id(band.source)] >= last or self.column[id(band.target)] <= first:
+                    continue
+                tracks = self.y[id(band), row]
                 if self.order[id(band)] > high:
-                    self._below(self.bottom[key], self.y[id(band)][0], 14.0, 1)
+                    self._below(self.bottom[key], tracks[0], 14.0, 1)
                 elif self.order[id(band)] < low:
-                    self._below(self.y[id(band)][-1], self.top[key], 4.0, 1)
+                    self._below(tracks[-1], self.top[key], 4.0, 1)
             for other, begin, end, its_low, _ in boxes:
-                shares = begin <= last and end >= first
+                shares = begin <= last and end >= first and other[1] == row
                 nested = other in around[key] or key in around[other]
                 if key != other and shares and not nested and high < its_low:
                     self._below(self.bottom[key], self.top[other], 6.0, 0)

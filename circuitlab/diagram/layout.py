@@ -81,6 +81,7 @@ def draw(
 class _Row:
     """Some columns, side by side."""
 
+    number: int
     first: int
     last: int
     dy: float = 0.0
@@ -100,7 +101,7 @@ class _Page:
     right: list[float] = field(default_factory=list[float])
 
     def __post_init__(self) -> None:
-        self.pen = Pen(self.circuit)
+        self.pen = Pen(self.circuit, self.drawing.signs)
         self.column = self.places.column
         self.by_column: list[list[Node]] = [[] for _ in range(self.places.columns)]
         for node in self.drawing.nodes:
@@ -150,7 +151,7 @@ class _Page:
             for n, track in enumerate(band.tracks):
                 if self._labelled(band):
                     gaps[at] = max(gaps[at], self.pen.label_width(track, (id(band), n) in self.sized) + 16
-                                   + (12 if band.source.kind == "merge" else 0))
+                                   + self._offset(band.source))
         for name, nodes in self.members.items():
             if nodes and self.drawing.plates[name][1] > 1:
                 first, last = self._columns(nodes)
@@ -159,22 +160,38 @@ class _Page:
                     gaps[first - 1] += 28.0
         return gaps
 
+    def _offset(self, node: Node) -> float:
+        """How far right of a node its labels begin: beside a plus sign, or a closing parenthesis."""
+        closes = node.count > 1 and node.kind == "block"
+        for name, nodes in self.members.items():
+            if self.drawing.plates[name][1] > 1 and name in node.plates:
+                closes |= self.column[id(node)] == self._columns(nodes)[1]
+        return 32.0 if closes and node.kind != "block" else 12.0 if node.kind == "merge" else 0.0
+
     def _columns(self, nodes: list[Node]) -> tuple[int, int]:
         at = [self.column[id(node)] for node in nodes]
         return min(at), max(at)
 
     def _rows(self) -> list[_Row]:
-        columns = self.places.columns
-        wide = [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
+        wide = self._widths()
+        breaks = self._breaks(wide)
+        if len(breaks) > 1:
+            self.places.wrap(self.drawing, breaks)
+            wide = self._widths()
+        rows = [_Row(number, first, last) for number, (first, last) in enumerate(breaks)]
+        self.left, self.right = [0.0] * len(wide), [0.0] * len(wide)
         gaps = self._gap_widths()
-        rows = [_Row(first, last) for first, last in self._breaks([w + g for w, g in zip(wide, gaps, strict=True)])]
-        self.left, self.right = [0.0] * columns, [0.0] * columns
         for row in rows:
             x = _MARGIN + (_LEAD if row.first else 8.0)
             for column in range(row.first, row.last + 1):
-                self.left[column], self.right[column] = x, x + wide[column]
-                x += wide[column] + gaps[column]
+                self.left[column], self.right[column] = x, x + wide[column] - gaps[column]
+                x += wide[column]
         return rows
+
+    def _widths(self) -> list[float]:
+        """Widths of columns with the gap that follows each."""
+        nodes = [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
+        return [node + gap for node, gap in zip(nodes, self._gap_widths(), strict=True)]
 
     def _breaks(self, wide: list[float]) -> list[tuple[int, int]]:
         """The rows that cut the fewest wires and are not too empty: first and last column of each."""
@@ -220,20 +237,23 @@ class _Page:
         """Top and bottom of what is drawn in a row."""
         ys: list[float] = []
         counted = False
+        for key, top in self.places.top.items():
+            if key[1] == row.number and top < self.places.bottom[key]:
+                ys += [top, self.places.bottom[key]]
         for node in self.drawing.nodes:
-            if row.first <= self.column[id(node)] <= row.last and (node.ins or node.outs):
-                ys += [self.places.top[id(node)], self.places.bottom[id(node)]]
-                counted |= node.count > 1
-        for name, (_, count) in self.drawing.plates.items():
-            box = self._box(name, row)
-            if box is not None:
-                ys += [box[2], box[3]]
-                counted |= count > 1
+            counted |= node.count > 1 and self.places.row(node) == row.number
+        for name, nodes in self.members.items():
+            counted |= self.drawing.plates[name][1] > 1 and any(self.places.row(n) == row.number for n in nodes)
         for band in self.drawing.bands:
             if self._crosses(band, row):
-                low, high = self.places.span(band)
+                low, high = self._span(band, row)
                 ys += [low - 20, high + 10]
         return min(ys, default=0.0) - (26 if counted else 0), max(ys, default=20.0) + (10 if counted else 0)
+
+    def _span(self, band: Band, row: _Row) -> tuple[float, float]:
+        """Heights of a band's first and last track in a row; of a scalar, twice where it runs."""
+        tracks = self.places.y[id(band), row.number]
+        return tracks[0], tracks[-1]
 
     def _crosses(self, band: Band, row: _Row) -> bool:
         return self.column[id(band.source)] <= row.last and self.column[id(band.target)] >= row.first
@@ -250,17 +270,18 @@ class _Page:
             for node in self.by_column[column]:
                 draw_node(self.pen, Spot(node, self.left[column], self.right[column], self.places))
                 if node.kind in ("input", "output"):
-                    self._terminal(node, column)
+                    self._terminal(node, row)
         self._tuples(row)
 
-    def _terminal(self, node: Node, column: int) -> None:
+    def _terminal(self, node: Node, row: _Row) -> None:
         """The name of an input or output, where there are several."""
         bands = node.outs or node.ins
         if sum(n.kind == node.kind for n in self.drawing.nodes) < 2 or not bands:
             return
         out = node.kind == "output"
+        column = self.column[id(node)]
         x = self.right[column] if out else self.left[column]
-        self.pen.text(x, self.places.span(bands[0])[0] - 22, node.label.rpartition(".")[2] if out else node.label,
+        self.pen.text(x, self._span(bands[0], row)[0] - 22, node.label.rpartition(".")[2] if out else node.label,
                       size=11, fill="quiet", anchor="end" if out else "start", role="title")
 
     def _band(self, band: Band, row: _Row) -> None:
@@ -269,13 +290,12 @@ class _Page:
         x0 = self.right[begin] if starts_here else self.left[row.first] - _LEAD
         x1 = self.left[end] if ends_here else self.right[row.last] + 22
         if not band.tracks:
-            y = self.places.span(band)[0]
+            y = self._span(band, row)[0]
             self.pen.path(f"M{number(x0)} {number(y)}H{number(x1)}", "scalar", stroke="quiet", dash=(1.5, 4.0))
-        for n, track in enumerate(band.tracks):
-            y = self.places.track_y(band, n)
+        for n, (track, y) in enumerate(zip(band.tracks, self.places.y[id(band), row.number], strict=False)):
             self.pen.wire(track, [(x0, y), (x1, y)])
             if starts_here and self._labelled(band):
-                self.pen.label(x0 + (17 if band.source.kind == "merge" else 5), y, track, (id(band), n) in self.sized)
+                self.pen.label(x0 + 5 + self._offset(band.source), y, track, (id(band), n) in self.sized)
             if not starts_here:
                 self.pen.label(x0 + 2, y, track, False)
             if not ends_here:
@@ -287,11 +307,11 @@ class _Page:
             end = self.column[id(node)]
             if not row.first <= end <= row.last or len(node.ins) < 2 or node.kind == "merge":
                 continue
-            bands = sorted(node.ins, key=lambda b: self.places.span(b)[0])
+            bands = sorted(node.ins, key=lambda b: self._span(b, row)[0])
             for above, below in itertools.pairwise(bands):
                 older = above if self.column[id(above.source)] < self.column[id(below.source)] else below
                 begin = max(self.column[id(older.source)], row.first)
-                low, high = self.places.span(above)[1], self.places.span(below)[0]
+                low, high = self._span(above, row)[1], self._span(below, row)[0]
                 if high - low >= 20:
                     y = low + 9.5 if older is above else high - 20.5
                     self.pen.path(f"M{number(self.right[begin])} {number(y)}H{number(self.left[end])}", "dash",
@@ -308,16 +328,7 @@ class _Page:
         first, last = self._columns(inside)
         inset = 3.0 * nodes[0].plates.index(name)
         left, right = self.left[first] - 8 + inset, self.right[last] + 8 - inset
-        if len(inside) == len(nodes):
-            return left, right, self.places.top[name], self.places.bottom[name]
-        level = nodes[0].plates.index(name)
-        reach = [(n, len(n.plates) - level) for n in inside]
-        ys = [self.places.top[id(n)] - 18.0 * lift + 8 for n, lift in reach]
-        ends = [self.places.bottom[id(n)] + 5.0 * lift for n, lift in reach]
-        bands = [b for b in self.drawing.bands if b.source in nodes and b.target in nodes and self._crosses(b, row)]
-        ys += [self.places.span(b)[0] - 24.0 for b in bands]
-        ends += [self.places.span(b)[1] + 8.0 for b in bands]
-        return left, right, min(ys), max(ends)
+        return left, right, self.places.top[name, row.number], self.places.bottom[name, row.number]
 
     def _plate(self, name: str, row: _Row) -> None:
         box = self._box(name, row)
@@ -337,7 +348,7 @@ class _Page:
         first, last = self._columns(nodes)
         bands = [b for b in self.drawing.bands if self._crosses(b, row)
                  and self.column[id(b.source)] <= last and self.column[id(b.target)] >= first]
-        spans = [self.places.span(b) for b in bands]
+        spans = [self._span(b, row) for b in bands]
         low, high = min([top, *(s[0] for s in spans)]) - 4, max([bottom, *(s[1] for s in spans)]) + 8
         parentheses(self.pen, left - 8 if row.first <= first else None, right + 10 if last <= row.last else None,
                     low, high, count)

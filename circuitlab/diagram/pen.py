@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from circuitlab.circuit import Circuit
+from circuitlab.diagram.labels import BAR
 from circuitlab.diagram.metrics import width
 from circuitlab.diagram.reduce import Track
 from circuitlab.diagram.scene import Mark
 
-BAR = "\u0304"
 _SUBSCRIPTS = {chr(0x2080 + digit): str(digit) for digit in range(10)}
 LABEL = 14.0
 LINE = 1.3
@@ -25,8 +25,9 @@ def number(value: float) -> str:
 class Pen:
     """Marks of a scene in the making."""
 
-    def __init__(self, circuit: Circuit) -> None:
+    def __init__(self, circuit: Circuit, signs: Mapping[str, str]) -> None:
         self.circuit = circuit
+        self.signs = signs
         self.marks: list[Mark] = []
         self.plates: list[Mark] = []
 
@@ -95,7 +96,7 @@ class Pen:
         lift = 5.0 + (1.5 if bold else 0.0)
         self.text(x, y - lift, base, role="label", font=font, size=LABEL, anchor="start", wire=wire.name)
         wide = width(base, LABEL, font)
-        if BAR in wire.label:
+        if BAR in self.signs[wire.name]:
             first = width(base[0], LABEL, font)
             top = y - lift - 9.5
             self.path(f"M{number(x + 1)} {number(top)}H{number(x + first - 0.5)}", "bar", width=1.0, wire=wire.name)
@@ -109,7 +110,7 @@ class Pen:
 
     def _words(self, track: Track, sized: bool) -> tuple[str, str, str]:
         wire = self.circuit.wires[track.wires[0]]
-        label = wire.label.replace(BAR, "")
+        label = self.signs[wire.name].replace(BAR, "")
         lower = "".join(_SUBSCRIPTS[char] for char in label if char in _SUBSCRIPTS)
         base = "".join(char for char in label if char not in _SUBSCRIPTS)
         sizes = [str(self.circuit.wires[name].size) for name in track.wires]

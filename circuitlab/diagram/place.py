@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from circuitlab.diagram.heights import Heights
+from circuitlab.diagram.heights import Box, Heights
 from circuitlab.diagram.reduce import Band, Drawing, Node
 
 
@@ -19,33 +19,40 @@ class Places:
 
     Attributes:
         column: id of a node -> its column.
-        y: id of a band -> heights of its tracks.
-        top, bottom: id of a node or name of a plate -> its extent.
         order: id of a band -> its number from top to bottom.
-        columns: number of columns.
+        row_of: column -> the row it is in.
+        y: (id of a band, row) -> heights of its tracks there.
+        top, bottom: (id of a node or name of a plate, row) -> its extent.
     """
 
     column: dict[int, int]
     order: dict[int, int]
-    columns: int
-    y: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
-    top: dict[int | str, float] = field(default_factory=dict["int | str", float])
-    bottom: dict[int | str, float] = field(default_factory=dict["int | str", float])
+    row_of: list[int]
+    y: dict[tuple[int, int], list[float]] = field(default_factory=dict[tuple[int, int], list[float]])
+    top: dict[Box, float] = field(default_factory=dict[Box, float])
+    bottom: dict[Box, float] = field(default_factory=dict[Box, float])
 
-    def span(self, band: Band) -> tuple[float, float]:
-        """Heights of a band's first and last track; of a scalar, twice where it runs."""
-        return self.y[id(band)][0], self.y[id(band)][-1]
+    @property
+    def columns(self) -> int:
+        """Number of columns."""
+        return len(self.row_of)
 
-    def track_y(self, band: Band, number: int) -> float:
-        """Height of a track."""
-        return self.y[id(band)][number]
+    def row(self, node: Node) -> int:
+        """The row that a node is in."""
+        return self.row_of[self.column[id(node)]]
+
+    def wrap(self, drawing: Drawing, breaks: list[tuple[int, int]]) -> None:
+        """Find heights again, for rows of these first and last columns."""
+        self.row_of = [row for row, (first, last) in enumerate(breaks) for _ in range(first, last + 1)]
+        self.y, self.top, self.bottom = Heights(drawing, self.column, self.order, self.row_of).solve()
 
 
 def place(drawing: Drawing) -> Places:
-    """Find columns, order and heights."""
+    """Find columns, order and heights, in one row."""
     column = _columns(drawing)
-    places = Places(column, _order(drawing, column), max(column.values(), default=0) + 1)
-    places.y, places.top, places.bottom = Heights(drawing, column, places.order).solve()
+    last = max(column.values(), default=0)
+    places = Places(column, _order(drawing, column), [])
+    places.wrap(drawing, [(0, last)])
     return places
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from circuitlab.circuit import Axis, Block, Circuit, Op
+from circuitlab.diagram.labels import labels
 from circuitlab.diagram.repeats import fold_repeats
 from circuitlab.diagram.signs import part_of, sign_of
 
@@ -77,12 +78,13 @@ class Node:
 
 @dataclass
 class Drawing:
-    """Nodes in order, bands, and the plates (unfolded blocks) with how often each is repeated."""
+    """Nodes in order, bands, and the plates (unfolded blocks) with how often each is repeated, and the signs of wires."""
 
     nodes: list[Node]
     bands: list[Band]
     plates: dict[str, tuple[Block, int]]
     foldable: dict[str, str]
+    signs: dict[str, str]
 
 
 @dataclass
@@ -137,7 +139,9 @@ class Reducer:
             self.foldable[root.name] = "closed"
         nodes, made = self._nodes(units)
         bands = self._bands(nodes, made)
-        drawing = Drawing(nodes, bands, self.plates, self.foldable)
+        shown = [track.wires for node in nodes for band in node.outs for track in band.tracks]
+        signs = labels(self.circuit.wires, shown)
+        drawing = Drawing(nodes, bands, self.plates, self.foldable, signs)
         _absorb_scales(drawing, self.circuit)
         return drawing
 
@@ -532,9 +536,8 @@ def _static(circuit: Circuit) -> frozenset[str]:
     """Names of the arrays that depend on no input."""
     static = {tensor.name for tensor in circuit.tensors if tensor.kind in ("parameter", "buffer", "constant")}
     for op in circuit.ops:
-        if op.kind != "opaque" and all(name in static for name in op.inputs) and not (
-            op.kind == "random" and not op.inputs
-        ):
+        fresh = op.kind == "create"  # zeros_like(x) has the axes of x, and none of its values
+        if fresh or (op.kind not in ("opaque", "random") and all(name in static for name in op.inputs)):
             static.update(op.outputs)
     return frozenset(static)
 
@@ -565,7 +568,7 @@ def _absorb_scales(drawing: Drawing, circuit: Circuit) -> None:
             continue
         if before.label or len(before.outs) != 1:
             continue
-        before.label = _scale(op.fn, float(scalar), before, circuit)
+        before.label = _scale(op.fn, float(scalar), before, circuit, drawing.signs)
         band, after = node.ins[0], node.outs[0]
         moved = {track: out for a, track, _, out in node.passes if a is band}
         if len(moved) != len(band.tracks):
@@ -577,11 +580,11 @@ def _absorb_scales(drawing: Drawing, circuit: Circuit) -> None:
         drawing.nodes.remove(node)
 
 
-def _scale(fn: str, scalar: float, product: Node, circuit: Circuit) -> str:
+def _scale(fn: str, scalar: float, product: Node, circuit: Circuit, signs: dict[str, str]) -> str:
     """The scale as people write it: 1/√k where it is that."""
     factor = scalar if fn == "mul" else 1 / scalar if scalar else 0.0
     for (band, number), _ in product.pairs:
         wire = circuit.wires[band.tracks[number].wires[0]]
         if abs(factor * wire.size**0.5 - 1) < 1e-6:
-            return f"· 1/√{wire.label}"
+            return f"· 1/√{signs[wire.name]}"
     return f"· {factor:.3g}"

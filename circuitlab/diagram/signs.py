@@ -35,7 +35,8 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
         reduces = any(op.kind in ("reduce", "norm") for op in ops)
         return Sign("norm" if reduces else "elementwise", _name(block))
     op = ops[0]
-    if op.kind == "linear":
+    pointlike = op.kind == "conv" and {a.role for a in op.axes} <= {"broadcast", "contracted", "created"}
+    if op.kind == "linear" or pointlike:  # a 1x1 convolution is a linear map at each position
         return Sign("linear", "L", _map_name(circuit, op), "+" if op.attrs.get("bias") else "")
     if op.kind == "elementwise":
         return _elementwise(circuit, op, block, static)
@@ -88,7 +89,7 @@ def _map_name(circuit: Circuit, op: Op) -> str:
 
 def letter_of(parameter: str) -> str:
     """A short sign for a learned map, from the last word of its module's name: q_proj -> Q, out_proj -> O."""
-    path = [part for part in parameter.split(".") if not part.isdigit()]
+    path = parameter.split(".")
     word = path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1] if path else ""
     low = word.lower()
     for stem, sign in (("query_key_value", "QKV"), ("qkv", "QKV"), ("c_attn", "QKV"), ("in_proj", "QKV"),
@@ -98,7 +99,7 @@ def letter_of(parameter: str) -> str:
     match = re.fullmatch(r"(?:w|to|fc|lin|linear)?_?([qkvo])(?:_?(?:proj|lin|linear|net|map))?", low)
     if match:
         return match[1].upper()
-    return "" if low in ("linear", "dense", "fc", "weight", "lin", "proj") or len(word) > 10 else word
+    return "" if word.isdigit() or low in ("linear", "dense", "fc", "weight", "lin", "proj") or len(word) > 10 else word
 
 
 def _parameter(circuit: Circuit, op: Op) -> str:
@@ -122,12 +123,14 @@ def _elementwise(circuit: Circuit, op: Op, block: Block | None, static: frozense
     live = [name for name in op.inputs if name not in static]
     if len(set(live)) > 1:
         return Sign("merge", _GREEK.get(op.fn, op.fn))
-    constants = [name for name in op.inputs if name in static and circuit.tensor(name).shape]
+    constants = [name for name in op.inputs if name in static]
     if constants:
         tensor = circuit.tensor(constants[-1])
         source = _learned_source(circuit, constants[-1])
         if source:
             return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {source}")
+        if not tensor.shape:
+            return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} const")
         if op.fn in ("masked_fill", "where") or tensor.dtype == "bool" or op.fn == "add":
             return Sign("mask", "mask")
     if block is not None and block.kind == "module" and op.fn not in ("mul", "add", "sub", "div"):

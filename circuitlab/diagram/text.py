@@ -27,19 +27,19 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
                 rows.append(("  " * level + _heading(drawing, name), "", ""))
                 open_plates = node.plates[: level + 1]
         open_plates = node.plates
-        rows.append(("  " * len(node.plates) + _label(node), _acts(circuit, node), _passes(circuit, node)))
+        rows.append(("  " * len(node.plates) + _label(node), _acts(drawing.signs, node), _passes(drawing.signs, node)))
     return "\n".join(_table(circuit, drawing, rows, width)) + "\n"
 
 
 def _table(circuit: Circuit, drawing: Drawing, rows: list[tuple[str, str, str]], width: int) -> list[str]:
-    ins = ", ".join(f"{n.label}: {_array(circuit, n.outs[0])}" for n in drawing.nodes if n.kind == "input" and n.outs)
-    outs = ", ".join(_array(circuit, n.ins[0]) for n in drawing.nodes if n.kind == "output" and n.ins)
+    ins = ", ".join(f"{n.label}: {_array(drawing.signs, n.outs[0])}" for n in drawing.nodes if n.kind == "input" and n.outs)
+    outs = ", ".join(_array(drawing.signs, n.ins[0]) for n in drawing.nodes if n.kind == "output" and n.ins)
     first = max((len(row[0]) for row in rows), default=0)
     second = max((len(row[1]) for row in rows), default=0)
     lines = [f"{circuit.title}   {ins}  →  {outs}"]
     lines += [f"  {a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows]
     shown = {name for n in drawing.nodes for band in (*n.ins, *n.outs) for t in band.tracks for name in t.wires}
-    legend = [f"{w.label}={w.size}" for w in circuit.wires.values() if w.name in shown]
+    legend = [f"{sign}={circuit.wires[name].size}" for name, sign in drawing.signs.items() if name in shown]
     lines.append("  where " + ", ".join(dict.fromkeys(legend)))
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
@@ -57,23 +57,25 @@ def _label(node: Node) -> str:
     return name + (f" × {node.count}" if node.count > 1 else "")
 
 
-def _acts(circuit: Circuit, node: Node) -> str:
-    ins = [_wires(circuit, band, node.acted(band)) for band in node.ins]
-    outs = [_wires(circuit, band, node.acted(band)) for band in node.outs]
+def _acts(signs: dict[str, str], node: Node) -> str:
+    ins = [_wires(signs, band, node.acted(band)) for band in node.ins]
+    outs = [_wires(signs, band, node.acted(band)) for band in node.outs]
     before, after = ", ".join(w for w in ins if w), ", ".join(w for w in outs if w)
     return f"{before or '·'} → {after or '·'}" if before or after else ""
 
 
-def _passes(circuit: Circuit, node: Node) -> str:
+def _passes(signs: dict[str, str], node: Node) -> str:
     seen: dict[str, None] = {}
     for _, _, band, track in node.passes:
-        seen[_wires(circuit, band, [track])] = None
+        seen[_wires(signs, band, [track])] = None
     return f"over {' '.join(seen)}" if seen else ""
 
 
-def _wires(circuit: Circuit, band: Band, numbers: list[int]) -> str:
-    return " ".join(circuit.wires[name].label for n in numbers for name in band.tracks[n].wires)
+def _wires(signs: dict[str, str], band: Band, numbers: list[int]) -> str:
+    return " ".join(signs[name] for n in numbers for name in band.tracks[n].wires)
 
 
-def _array(circuit: Circuit, band: Band) -> str:
-    return f"({_wires(circuit, band, list(range(len(band.tracks))))})"
+def _array(signs: dict[str, str], band: Band) -> str:
+    """The wires of an array, in the order of its dimensions."""
+    found = [(place[1:], sign) for track in band.tracks for place, sign in zip(track.places, (signs[n] for n in track.wires), strict=True)]
+    return f"({' '.join(sign for _, sign in sorted(found))})"

@@ -41,6 +41,7 @@ class _Facts:
     window: bool = False
     table: bool = False  # rows of an embedding that the input does not choose (positions)
     repeated: bool = False
+    pixel: bool = False  # a position of an image under a convolution
     over: int = 0  # products of data that it is broadcast over
 
 
@@ -154,6 +155,8 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
                 fact.over += 1
             if pattern.kind == "reindex" and role == "created":
                 fact.repeated = True
+            if pattern.kind == "conv" and any(dim > 1 and len(event.outs[slot].shape) > 3 for slot, dim, _ in outs):
+                fact.pixel = True
             if pattern.kind == "embedding" and role == "gathered":
                 fact.table = all(o.value.static for o in operands)
             if role == "windowed" and ins and not outs and all(operands[s].value.static for s, _, _ in ins):
@@ -186,7 +189,7 @@ def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
     linear = has(("linear", "created")) or has(("linear", "contracted"))
     if fact.window and not fact.inputs:
         return "window"
-    if "windowed" in roles and kinds & {"conv", "pool", "resize"}:
+    if fact.pixel or "windowed" in roles and kinds & {"conv", "pool", "resize"}:
         return "spatial"
     if _is_batch(fact, linear):
         return "batch"

@@ -39,6 +39,11 @@ _VIEWS = frozenset(
     "unsafe_chunk atleast_1d atleast_2d atleast_3d broadcast_tensors squeeze_ unsqueeze_ transpose_ t_ swapaxes_ "
     "detach_ type_as cpu cuda requires_grad_ conj pixel_shuffle".split()
 )
+_BY_SHAPE = {
+    "view_as": torch.Tensor.view,
+    "reshape_as": torch.Tensor.reshape,
+    "expand_as": torch.Tensor.expand,
+}
 _LARGE = 1 << 20
 """Numbers of more entries than this are not computed in a meta run."""
 _KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
@@ -207,6 +212,8 @@ class Recorder(TorchFunctionMode):
         if plan is None:
             plan = _plans[func] = _plan(func)
         name, rule, replacement = plan
+        if name in _BY_SHAPE:  # the other operand gives its shape and nothing else
+            return self.__torch_function__(_BY_SHAPE[name], types, (args[0], tuple((args[1:] or (*kwargs.values(),))[0].shape)))
         if replacement is not None:
             return self._composite(name, replacement, args, kwargs)
         if name == "device" and self.meta:
@@ -314,7 +321,7 @@ class Recorder(TorchFunctionMode):
 
     # meta ---------------------------------------------------------------------------------------------
 
-    def _metaise(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _metaise(self, name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if any(isinstance(a, torch.Tensor) and not a.is_meta or isinstance(a, (tuple, list)) for a in args) or kwargs:
             args = tuple(_map(a, self._twin) for a in args)
             kwargs = {key: _map(item, self._twin) for key, item in kwargs.items()}

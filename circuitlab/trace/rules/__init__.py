@@ -104,6 +104,7 @@ _NAMES: dict[Rule, str] = {
     index.embedding_bag: "embedding_bag",
     index.one_hot: "one_hot",
     index.index_select: "index_select",
+    index.nonzero: "nonzero argwhere",
     index.gather: "gather",
     index.take_along_dim: "take_along_dim",
     index.scatter: "scatter scatter_add scatter_reduce",
@@ -159,6 +160,8 @@ def lookup(func: Any, name: str) -> Rule:
     if name in ("batch_norm", "instance_norm"):
         python = isinstance(func, types.FunctionType)
         return pointwise.batch_norm if python else pointwise.native_batch_norm
+    if name == "where":
+        return index.where
     bare = name[:-1] if in_place(name) and name not in TABLE and name != "setitem" else name
     return TABLE.get(bare, opaque)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from circuitlab.trace.events import Event, Operand
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, set_role
+from circuitlab.trace.rules.pointwise import pointwise
 from circuitlab.trace.wires import ClashError, Wires
 
 
@@ -216,6 +217,26 @@ def index_select(w: Wires, event: Event, input: Operand, dim: int, index: Operan
     set_role(slots[axis], "gathered")
     pattern.out([*slots[:axis], chosen[0] if chosen else [], *slots[axis + 1 :]])
     return pattern
+
+
+def nonzero(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Where an array is not zero: how many places there are depends on the data, so they are a new wire."""
+    pattern = Pattern("box")
+    pattern.take(input, "ordered")
+    found: list[Letter] | None = None
+    for out in event.outs:
+        if found is None:
+            found = pattern.new(w, out.shape[0], "created", "found", event.name)
+        rest = [pattern.new(w, size, "created", "index", event.name) for size in out.shape[1:]]
+        pattern.out([found, *rest])
+    return pattern
+
+
+def where(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
+    """With one argument, where it is not zero; with three, a choice entry by entry."""
+    if len(args) + len(kwargs) == 1:
+        return nonzero(w, event, args[0] if args else kwargs["condition"])
+    return pointwise(w, event, *args, **kwargs)
 
 
 def gather(w: Wires, event: Event, input: Operand, dim: int, index: Operand, **kwargs: Any) -> Pattern:

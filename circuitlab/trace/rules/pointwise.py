@@ -48,8 +48,6 @@ def _scalars(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def pointwise(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     """Entry by entry."""
-    if event.fn == "where" and len(event.operands) == 1 and len(args) == 1:
-        raise NoRuleError
     pattern = elementwise(w, event, event.operands, event.outs[0].shape, **_scalars(args, kwargs))
     for name in ("negative_slope", "approximate", "alpha", "min", "max"):
         if isinstance(kwargs.get(name), (int, float, str)):
