@@ -23,7 +23,7 @@ def node_width(node: Node, places: Places) -> float:
     curve = min(max(bend * 0.45, 0.0), 64.0) + (14.0 if bend > 1 else 0.0)
     label = width(node.label, 12, "title")
     if node.kind in ("input", "output"):
-        return 8.0
+        return width(node.upper, 11, "title") + 12.0 if node.upper else 8.0
     if node.kind == "copy":
         return max(12.0, curve)
     if node.kind in _FLOATING:
@@ -85,6 +85,7 @@ def draw_node(pen: Pen, spot: Spot) -> None:
     """Passing wires, then the glyph."""
     node = spot.node
     if node.kind in ("input", "output"):
+        _terminal(pen, spot)
         return
     start = len(pen.marks)
     if node.kind not in ("contract", "bar"):
@@ -102,6 +103,16 @@ def draw_node(pen: Pen, spot: Spot) -> None:
         if mark.role not in ("wire", "dot", "label"):
             pen.marks[at] = replace(mark, op=node.op, block=node.block if node.kind == "block" else mark.block or node.block,
                                     id=mark.id or (name if mark.role == "block" else ""))
+
+
+def _terminal(pen: Pen, spot: Spot) -> None:
+    """The name of an input or output, where there are several."""
+    node = spot.node
+    if not node.upper:
+        return
+    ys = spot.all_heights
+    x, anchor = (spot.right - 6, "end") if node.kind == "input" else (spot.left + 6, "start")
+    pen.text(x, (min(ys) + max(ys)) / 2 + 4, node.upper, size=11, fill="quiet", anchor=anchor, role="title")
 
 
 def _passing(pen: Pen, spot: Spot) -> None:
@@ -156,11 +167,8 @@ def _contract(pen: Pen, spot: Spot) -> None:
     for (a, i), (b, j) in node.pairs:
         y0, y1 = sorted((spot.track(a, i), spot.track(b, j)))
         paired |= {(id(a), i), (id(b), j)}
-        r = min(18.0, (y1 - y0) / 2)
-        d = (f"M{number(spot.left)} {number(y0)}C{number(apex)} {number(y0)} {number(apex)} {number(y0)} "
-             f"{number(apex)} {number(y0 + r)}V{number(y1 - r)}"
-             f"C{number(apex)} {number(y1)} {number(apex)} {number(y1)} {number(spot.left)} {number(y1)}")
-        pen.add(Mark("path", "wire", wire=a.tracks[i].wires[0], d=d, stroke="ink", width=1.3))
+        for offset in (-1.7, 1.7) if len(a.tracks[i].wires) > 1 else (0.0,):
+            _arc(pen, spot.left, apex + offset, y0 - offset, y1 + offset, a.tracks[i].wires[0])
         y = _free_height(spot, y0, y1)
         pen.path(f"M{number(apex)} {number(y)}H{number(apex + 9)}", "glyph")
         pen.path(f"M{number(apex + 8)} {number(y - 4)}L{number(apex + 16)} {number(y)}L{number(apex + 8)} {number(y + 4)}Z",
@@ -173,6 +181,13 @@ def _contract(pen: Pen, spot: Spot) -> None:
                 y = spot.track(band, n)
                 ends = (spot.left, apex) if band in node.ins else (bend, spot.right)
                 pen.wire(band.tracks[n], [(ends[0], y), (ends[1], y)])
+
+
+def _arc(pen: Pen, left: float, apex: float, y0: float, y1: float, wire: str) -> None:
+    r = min(18.0, (y1 - y0) / 2)
+    far, top, low = number(apex), number(y0), number(y1)
+    d = f"M{number(left)} {top}C{far} {top} {far} {top} {far} {number(y0 + r)}V{number(y1 - r)}C{far} {low} {far} {low} {number(left)} {low}"
+    pen.add(Mark("path", "wire", wire=wire, d=d, stroke="ink", width=1.3))
 
 
 def _arc_width(node: Node) -> float:

@@ -204,8 +204,9 @@ class Heights:
                 self._below(self.top[id(node), row], variable, 18.0)
                 self._below(variable, self.bottom[id(node), row], 10.0)
         self._below(top, bottom, 2 * pad)
-        self._below(self.top[id(node), row], top, _HEAD.get(node.kind, 4.0))
-        self._below(bottom, self.bottom[id(node), row], 2.0)
+        counted = node.count > 1
+        self._below(self.top[id(node), row], top, _HEAD.get(node.kind, 4.0) + (36.0 if counted else 0.0))
+        self._below(bottom, self.bottom[id(node), row], 16.0 if counted else 2.0)
         self._pull(top, -0.01)
         self._pull(bottom, 0.012)
 

@@ -99,6 +99,7 @@ class _Page:
     height: float = 0.0
     left: list[float] = field(default_factory=list[float])
     right: list[float] = field(default_factory=list[float])
+    gaps: list[float] = field(default_factory=list[float])
 
     def __post_init__(self) -> None:
         self.pen = Pen(self.circuit, self.drawing.signs)
@@ -123,7 +124,7 @@ class _Page:
             self._draw_row(row)
             self.pen.marks[marks:] = [_moved(mark, row.dy) for mark in self.pen.marks[marks:]]
             self.pen.plates[plates:] = [_moved(mark, row.dy) for mark in self.pen.plates[plates:]]
-        ends = [self.right[row.last] + (30.0 if row is not rows[-1] else 10.0) for row in rows]
+        ends = [self.right[row.last] + (self.gaps[row.last] + 8.0 if row is not rows[-1] else 10.0) for row in rows]
         counts = [m.x + 22.0 for m in self.pen.marks if m.role in ("count", "title")]
         self.width = max([*ends, *counts, 40.0]) + _MARGIN
 
@@ -180,7 +181,7 @@ class _Page:
             wide = self._widths()
         rows = [_Row(number, first, last) for number, (first, last) in enumerate(breaks)]
         self.left, self.right = [0.0] * len(wide), [0.0] * len(wide)
-        gaps = self._gap_widths()
+        gaps = self.gaps = self._gap_widths()
         for row in rows:
             x = _MARGIN + (_LEAD if row.first else 8.0)
             for column in range(row.first, row.last + 1):
@@ -269,26 +270,13 @@ class _Page:
         for column in range(row.first, row.last + 1):
             for node in self.by_column[column]:
                 draw_node(self.pen, Spot(node, self.left[column], self.right[column], self.places))
-                if node.kind in ("input", "output"):
-                    self._terminal(node, row)
         self._tuples(row)
-
-    def _terminal(self, node: Node, row: _Row) -> None:
-        """The name of an input or output, where there are several."""
-        bands = node.outs or node.ins
-        if sum(n.kind == node.kind for n in self.drawing.nodes) < 2 or not bands:
-            return
-        out = node.kind == "output"
-        column = self.column[id(node)]
-        x = self.right[column] if out else self.left[column]
-        self.pen.text(x, self._span(bands[0], row)[0] - 22, node.label.rpartition(".")[2] if out else node.label,
-                      size=11, fill="quiet", anchor="end" if out else "start", role="title")
 
     def _band(self, band: Band, row: _Row) -> None:
         begin, end = self.column[id(band.source)], self.column[id(band.target)]
         starts_here, ends_here = begin >= row.first, end <= row.last
         x0 = self.right[begin] if starts_here else self.left[row.first] - _LEAD
-        x1 = self.left[end] if ends_here else self.right[row.last] + 22
+        x1 = self.left[end] if ends_here else self.right[row.last] + self.gaps[row.last]
         if not band.tracks:
             y = self._span(band, row)[0]
             self.pen.path(f"M{number(x0)} {number(y)}H{number(x1)}", "scalar", stroke="quiet", dash=(1.5, 4.0))
@@ -326,9 +314,15 @@ class _Page:
         if not inside:
             return None
         first, last = self._columns(inside)
-        inset = 3.0 * nodes[0].plates.index(name)
-        left, right = self.left[first] - 8 + inset, self.right[last] + 8 - inset
+        left = self.left[first] - 5 - self._room(name, inside, first, 22.0)
+        right = self.right[last] + 5 + self._room(name, inside, last, 30.0)
         return left, right, self.places.top[name, row.number], self.places.bottom[name, row.number]
+
+    def _room(self, name: str, nodes: list[Node], column: int, counted: float) -> float:
+        """Room beside a plate's first or last column for the edges, and parentheses, of the plates within it."""
+        inner = {p for n in nodes if self.column[id(n)] == column for p in n.plates[n.plates.index(name) + 1 :]}
+        edges = [p for p in inner if column in self._columns(self.members[p])]
+        return sum(counted if self.drawing.plates[p][1] > 1 else 3.0 for p in edges)
 
     def _plate(self, name: str, row: _Row) -> None:
         box = self._box(name, row)
@@ -363,7 +357,9 @@ def _shortened(title: str, room: float) -> str:
 
 
 def _plate_title(name: str, title: str) -> str:
-    last = name.rsplit("/", maxsplit=1)[-1].split("#", maxsplit=1)[0].rpartition(".")[2]
+    """A module's name in its parent (with the list's name before a number) and its class; a function's name."""
+    parts = name.rsplit("/", maxsplit=1)[-1].split("#", maxsplit=1)[0].split(".")
+    last = ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
     return title if last == title or "/" in name or not last else f"{last}: {title}"
 
 

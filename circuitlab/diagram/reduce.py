@@ -46,7 +46,8 @@ class Node:
         kind: "input", "output", "copy", "linear", "contract", "elementwise", "merge" (two arrays into one, entry by
             entry), "mask", "softmax", "norm", "reduce", "conv", "pool", "embedding", "index", "bar" (split, cat),
             "box", "opaque" or "block".
-        label: its text. upper, lower: its superscript and subscript.
+        label: its text. upper, lower: its superscript and subscript; of an input or output, upper is its name as it is
+            drawn: "" where there is only one.
         op, block: names of what it stands for. plates: names of the unfolded blocks around it, outermost first.
         ins, outs: bands, from top to bottom.
         passes: (in-band, track, out-band, track) that go through untouched.
@@ -365,8 +366,9 @@ class Reducer:
         nodes: list[Node] = []
         made: dict[str, Node] = {}
         self.units: dict[int, _Unit] = {}
+        several = len(self.circuit.inputs) > 1
         for name in self.circuit.inputs:
-            node = Node("input", label=name)
+            node = Node("input", label=name, upper=name if several else "")
             nodes.append(node)
             made[self.canonical(name)] = node
         for unit in units:
@@ -375,9 +377,10 @@ class Reducer:
             nodes.append(node)
             for name in unit.outputs:
                 made[name] = node
+        several = len(self.circuit.outputs) > 1
         for name in self.circuit.outputs:
             if self.canonical(name) in made:
-                nodes.append(Node("output", label=name))
+                nodes.append(Node("output", label=name, upper=name.rpartition(".")[2] if several else ""))
         return nodes, made
 
     def _node(self, unit: _Unit) -> Node:
