@@ -24,7 +24,7 @@ def node_width(node: Node, places: Places) -> float:
     label = width(node.label, 12, "title")
     if node.kind in ("input", "output"):
         return width(node.upper, 11, "title") + 12.0 if node.upper else 8.0
-    if node.kind == "copy":
+    if node.kind in ("copy", "route"):
         return max(12.0, curve)
     if node.kind in _FLOATING:
         return max(26.0 if node.kind == "mask" else label + 32.0, curve)
@@ -88,14 +88,17 @@ def draw_node(pen: Pen, spot: Spot) -> None:
         _terminal(pen, spot)
         return
     start = len(pen.marks)
-    if node.kind not in ("contract", "bar"):
+    over = node.kind in ("block", "box", "opaque", "pool")  # what passes is seen to pass over
+    if not over and node.kind not in ("contract", "bar"):
         _passing(pen, spot)
     draw = {
-        "copy": _copy, "merge": _merge, "contract": _contract, "softmax": _softmax, "norm": _norm, "linear": _linear,
+        "copy": _copy, "route": _copy, "merge": _merge, "contract": _contract, "softmax": _softmax, "norm": _norm, "linear": _linear,
         "embedding": _linear, "elementwise": _elementwise, "mask": _elementwise, "block": _block, "bar": _bar,
         "index": _index, "reduce": _reduce, "conv": _conv,
     }.get(node.kind, _box)
     draw(pen, spot)
+    if over:
+        _passing(pen, spot)
 
     name = node.op or node.block
     for at in range(start, len(pen.marks)):
@@ -197,8 +200,7 @@ def _arc_width(node: Node) -> float:
 def _free_height(spot: Spot, y0: float, y1: float) -> float:
     """A height between two, in the largest gap between the wires that pass, near the middle."""
     middle = (y0 + y1) / 2
-    inner = sorted(y for a, i, _, _ in spot.node.passes if y0 < (y := spot.track(a, i)) < y1)
-    edges = [y0, *inner, y1]
+    edges = [y0, *sorted({y for a, i, _, _ in spot.node.passes if y0 < (y := spot.track(a, i)) < y1}), y1]
     return max(
         ((low + high) / 2 for low, high in itertools.pairwise(edges)),
         key=lambda y: min(abs(y - edge) for edge in edges) - 0.3 * abs(y - middle),
@@ -285,7 +287,7 @@ def _block(pen: Pen, spot: Spot) -> None:
              width=0.9)
     pen.add(Mark("rect", "block", id=node.block, x=left, y=low, w=right - left, h=high - low, stroke="edge",
                  fill="block", width=0.9))
-    pen.text((left + right) / 2, (low + high) / 2 + 4, node.label, size=12, font="title")
+    pen.text((left + right) / 2, _free_height(spot, low, high) + 4, node.label, size=12, font="title")
     if many:
         ys = spot.all_heights
         parentheses(pen, spot.left + 8, spot.right - 4, min([*ys, low]) - 12, max([*ys, high]) + 10, node.count)
@@ -370,7 +372,7 @@ def _box(pen: Pen, spot: Spot) -> None:
     pen.add(Mark("rect", "glyph", x=x - half, y=low, w=2 * half, h=high - low, r=2, stroke="ink", fill="paper", width=1.2))
     if node.kind == "opaque":
         _hatch(pen, x - half, low, 2 * half, high - low)
-    y = (low + high) / 2
+    y = _free_height(spot, low, high)
     wide = width(node.label, 12, "title") + 6
     if node.kind == "opaque":
         pen.add(Mark("rect", "glyph", x=x - wide / 2, y=y - 9, w=wide, h=18, fill="paper"))

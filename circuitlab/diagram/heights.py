@@ -26,7 +26,7 @@ TRACK = 26.0
 _BAND_GAP = 30.0
 _CLEAR = 8.0
 _TITLE = 18.0
-_FLOATING = {"copy", "merge", "elementwise", "mask", "input", "output"}
+_FLOATING = {"copy", "route", "merge", "elementwise", "mask", "input", "output"}
 _HEAD = {"elementwise": 28.0, "mask": 32.0, "merge": 26.0, "input": 20.0, "output": 20.0, "contract": 20.0}
 _PAD = {"block": 20.0, "linear": 14.0, "embedding": 14.0, "conv": 13.0, "box": 14.0, "opaque": 14.0, "pool": 13.0,
         "norm": 9.0, "softmax": 11.0, "index": 10.0, "bar": 8.0}
@@ -37,7 +37,7 @@ class Heights:
     """Builds and solves the programme for one drawing."""
 
     def __init__(
-        self, drawing: Drawing, column: Mapping[int, int], order: Mapping[int, int], row_of: Sequence[int]
+        self, drawing: Drawing, column: Mapping[int, int], order: Mapping[int, float], row_of: Sequence[int]
     ) -> None:
         self.drawing, self.column, self.order, self.row_of = drawing, column, order, row_of
         self.count = 0
@@ -163,8 +163,8 @@ class Heights:
             self._glyph(node, acted)
         for a, i, b, o in node.passes:
             weight = 2.0  # what must bend, bends where it branches and joins
-            if node.kind in ("copy", "merge"):
-                weight = 6.0 if self._is_skip(node, a, b) else 0.5
+            if node.kind in ("copy", "merge", "route"):
+                weight = 6.0 if node.kind != "route" and self._is_skip(node, a, b) else 0.5
             self._level(self._at(a, node)[i], self._at(b, node)[o], weight)
         for one, other in _followed(node):
             self._level(self._at(one[0], node)[one[1]], self._at(other[0], node)[other[1]], 1.5)
@@ -236,7 +236,7 @@ class Heights:
         """Nodes and plates keep off bands and each other where they share columns, in the order of their bands."""
         groups: dict[Box, list[Node]] = {(id(node), self._row(node)): [node] for node in self.drawing.nodes}
         groups.update(self.members)
-        boxes: list[tuple[Box, int, int, int, int]] = []
+        boxes: list[tuple[Box, int, int, float, float]] = []
         own: dict[Box, set[int]] = {}
         around: dict[Box, set[Box]] = {}
         for key, nodes in groups.items():
@@ -278,7 +278,7 @@ def _matrix(rows: list[list[tuple[int, float]]], width: int) -> coo_matrix:
 
 def _followed(node: Node) -> list[tuple[tuple[Band, int], tuple[Band, int]]]:
     """Tracks that end at a node and tracks that begin there should be level, in order."""
-    if node.kind in ("copy", "contract", "merge"):
+    if node.kind in ("copy", "route", "contract", "merge"):
         return []
     ins = [(band, number) for band in node.ins for number in node.acted(band)]
     outs = [(band, number) for band in node.outs for number in node.acted(band)]

@@ -16,7 +16,7 @@ def describe(circuit: Circuit, drawing: Drawing) -> str:
     """The drawing in words."""
     steps: list[str] = []
     for node in drawing.nodes:
-        if node.kind in ("input", "output", "copy"):
+        if node.kind in ("input", "output", "copy", "route"):
             continue
         name = node.label or node.kind
         times = f" repeated {node.count} times" if node.count > 1 else ""

@@ -2,15 +2,19 @@
 
 Columns are longest-path layers. The order of bands from top to bottom is that of a walk back from the outputs, longest
 skips last, so that a series-parallel circuit is drawn without crossings and a skip runs beneath what it skips.
-Crossings that the walk's order leaves are not searched for. Heights are found in `heights.py`.
+Where that order would lead a wire through a foreign glyph, the glyph's own wires are crossed over to it. Heights are found in `heights.py`.
 """
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 
 from circuitlab.diagram.heights import Box, Heights
 from circuitlab.diagram.reduce import Band, Drawing, Node
+
+_FREE = {"copy", "merge", "elementwise", "mask", "input", "output", "route"}
+"""Nodes that wires may run through: they bend and cross there, or the glyph floats above."""
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Places:
     """
 
     column: dict[int, int]
-    order: dict[int, int]
+    order: dict[int, float]
     row_of: list[int]
     y: dict[tuple[int, int], list[float]] = field(default_factory=dict[tuple[int, int], list[float]])
     top: dict[Box, float] = field(default_factory=dict[Box, float])
@@ -50,10 +54,76 @@ class Places:
 def place(drawing: Drawing) -> Places:
     """Find columns, order and heights, in one row."""
     column = _columns(drawing)
-    last = max(column.values(), default=0)
-    places = Places(column, _order(drawing, column), [])
-    places.wrap(drawing, [(0, last)])
+    order = _order(drawing, column)
+    together = _route(drawing, column, order)
+    if together:
+        column = _columns(drawing)
+        order = _order(drawing, column)
+        for bands in together:
+            middle = statistics.median(order[id(_beyond(band))] for band in bands)
+            for number, band in enumerate(sorted(bands, key=lambda band: order[id(_beyond(band))])):
+                order[id(band)] = middle + (number + 1) / (2 * len(bands) + 2)
+    places = Places(column, order, [])
+    places.wrap(drawing, [(0, max(column.values(), default=0))])
     return places
+
+
+def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) -> list[list[Band]]:
+    """Where foreign wires would run through a glyph, its wires are led to it side by side, crossing others before.
+
+    Changes the drawing: the bands concerned are cut in two by a node of kind "route".
+
+    Returns:
+        the short bands at each such glyph.
+    """
+    wanted: list[tuple[Node, str]] = []
+    for node in drawing.nodes:
+        if node.kind in _FREE:
+            continue
+        for side, bands, gap in (("ins", node.ins, column[id(node)] - 1), ("outs", node.outs, column[id(node)])):
+            if len(bands) < 2:
+                continue
+            numbers = [order[id(band)] for band in bands]
+            foreign = any(
+                band not in bands
+                and column[id(band.source)] <= gap < column[id(band.target)]
+                and min(numbers) < order[id(band)] < max(numbers)
+                for band in drawing.bands
+            )
+            if foreign:
+                wanted.append((node, side))
+    return [[_cut(drawing, band, node) for band in list(getattr(node, side))] for node, side in wanted]
+
+
+def _cut(drawing: Drawing, band: Band, node: Node) -> Band:
+    """Cut a band by a route; gives the half at the node, which stays the node's own."""
+    plates = band.source.plates if band.target is node else band.target.plates
+    route = Node("route", plates=tuple(p for p in node.plates if p in plates))
+    other = Band(band.tensor, band.tracks, band.source, band.target, main=band.main)
+    if band.target is node:
+        band.source.outs = [other if b is band else b for b in band.source.outs]
+        band.source.passes = [(a, i, other if b is band else b, o) for a, i, b, o in band.source.passes]
+        other.target, band.source = route, route
+        route.ins, route.outs = [other], [band]
+        at = drawing.nodes.index(node)
+    else:
+        band.target.ins = [other if b is band else b for b in band.target.ins]
+        band.target.passes = [(other if a is band else a, i, b, o) for a, i, b, o in band.target.passes]
+        band.target.pairs = [
+            ((other if a is band else a, i), (other if b is band else b, j)) for (a, i), (b, j) in band.target.pairs
+        ]
+        other.source, band.target = route, route
+        route.ins, route.outs = [band], [other]
+        at = drawing.nodes.index(node) + 1
+    route.passes = [(route.ins[0], n, route.outs[0], n) for n in range(len(band.tracks))]
+    drawing.nodes.insert(at, route)
+    drawing.bands.append(other)
+    return band
+
+
+def _beyond(band: Band) -> Band:
+    """The band on the other side of a route."""
+    return band.source.ins[0] if band.source.kind == "route" else band.target.outs[0]
 
 
 def _columns(drawing: Drawing) -> dict[int, int]:
@@ -71,8 +141,8 @@ def _columns(drawing: Drawing) -> dict[int, int]:
     return column
 
 
-def _order(drawing: Drawing, column: dict[int, int]) -> dict[int, int]:
-    number: dict[int, int] = {}
+def _order(drawing: Drawing, column: dict[int, int]) -> dict[int, float]:
+    number: dict[int, float] = {}
     ends = [node for node in drawing.nodes if not node.outs]
     stack = [band for node in reversed(ends) for band in reversed(_wanted(node, column))]
     while stack:

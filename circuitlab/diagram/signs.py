@@ -57,7 +57,7 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
         return Sign("softmax", "SoftMax" if op.fn == "softmax" else op.fn)
     if op.kind in _KINDS:
         return Sign(_KINDS[op.kind], op.fn if op.kind == "opaque" else "")
-    return Sign("box", op.fn)
+    return Sign("box", "index" if op.fn == "getitem" else op.fn)
 
 
 def part_of(sign: Sign, number: int, count: int) -> Sign:

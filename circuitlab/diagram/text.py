@@ -5,7 +5,7 @@ from __future__ import annotations
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.reduce import Band, Drawing, Node, Reducer
 
-_SILENT = {"input", "output", "copy"}
+_SILENT = {"input", "output", "copy", "route"}
 
 
 def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:

@@ -1,0 +1,162 @@
+"""A scene looks at itself: overlaps, wires through glyphs that do not use them, marks outside the picture."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from circuitlab.diagram.metrics import width
+from circuitlab.diagram.scene import Mark, Scene
+
+
+class Box(NamedTuple):
+    """Left, top, right, bottom."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: Box, slack: float = 0.0) -> bool:
+        """Whether two boxes share more than slack."""
+        return (
+            min(self.right, other.right) - max(self.left, other.left) > slack
+            and min(self.bottom, other.bottom) - max(self.top, other.top) > slack
+        )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong with a scene: each a sentence. crossings and bends are no faults, but fewer are better."""
+
+    overlaps: tuple[str, ...]
+    struck: tuple[str, ...]
+    through: tuple[str, ...]
+    outside: tuple[str, ...]
+    crossings: int
+    bends: int
+
+    @property
+    def ok(self) -> bool:
+        """No label on another, no wire through a label or a foreign glyph, nothing outside the picture."""
+        return not (self.overlaps or self.struck or self.through or self.outside)
+
+
+def look(scene: Scene) -> Findings:
+    """Look at a scene as a reader does."""
+    texts = [(mark, text_box(mark)) for mark in scene.marks if mark.shape == "text" and mark.text.strip()]
+    labels = [(mark, box) for mark, box in texts if mark.role == "label"]
+    wires = [(mark, path_points(mark.d)) for mark in scene.marks if mark.shape == "path" and mark.role == "wire"]
+    solids = [m for m in scene.marks if m.shape == "rect" and m.role in ("glyph", "block") and m.fill not in ("", "paper")]
+    layer = {id(mark): number for number, mark in enumerate(scene.marks)}
+    overlaps = [
+        f"{one.text!r} and {other.text!r} overlap at {box.left:.0f}, {box.top:.0f}"
+        for n, (one, box) in enumerate(texts)
+        for other, its in texts[n + 1 :]
+        if box.overlaps(its, 2.0) and not _one_label(one, other)
+    ]
+    struck = [
+        f"the wire {wire.wire!r} runs through the label {mark.text!r} at {box.left:.0f}, {box.top:.0f}"
+        for mark, box in labels
+        for wire, points in wires
+        if _enters(points, Box(box.left + 2, box.top + 3, box.right - 2, box.bottom - 3))
+    ]
+    through = [
+        f"the wire {wire.wire!r} runs through {solid.op or solid.block!r}"
+        for solid in solids
+        for wire, points in wires
+        if layer[id(wire)] < layer[id(solid)]  # what passes over a glyph is painted over it
+        and _enters(points, Box(solid.x + 2, solid.y + 2, solid.x + solid.w - 2, solid.y + solid.h - 2))
+    ]
+    outside = [
+        f"{mark.role} {mark.text or mark.op or mark.wire!r} reaches outside the picture"
+        for mark in scene.marks
+        if not _inside(mark, scene)
+    ]
+    bends = sum(abs(points[0][1] - points[-1][1]) > 0.5 for _, points in wires)
+    return Findings(tuple(overlaps), tuple(struck), tuple(through), tuple(outside), _crossings(wires), bends)
+
+
+def text_box(mark: Mark) -> Box:
+    """Where a text is, from its measured width."""
+    wide = width(mark.text, mark.size, mark.font)
+    left = mark.x - {"middle": wide / 2, "end": wide}.get(mark.anchor, 0.0)
+    return Box(left, mark.y - 0.75 * mark.size, left + wide, mark.y + 0.22 * mark.size)
+
+
+def path_points(d: str) -> np.ndarray:
+    """Points along a path, (n, 2): ends of straight lines, and 12 for each curve."""
+    points: list[tuple[float, float]] = []
+    x = y = 0.0
+    for command, body in re.findall(r"([MLHVCQZ])([^MLHVCQZ]*)", d):
+        values = [float(v) for v in body.split()]
+        if command == "H":
+            x = values[0]
+        elif command == "V":
+            y = values[0]
+        elif command in "ML":
+            x, y = values
+        elif command == "C":
+            x1, y1, x2, y2, x3, y3 = values
+            for step in range(1, 12):
+                t = step / 12
+                a, b, c, e = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3
+                points.append((a * x + b * x1 + c * x2 + e * x3, a * y + b * y1 + c * y2 + e * y3))
+            x, y = x3, y3
+        elif command == "Q":
+            x, y = values[2:]
+        points.append((x, y))
+    return np.array(points)
+
+
+def _enters(points: np.ndarray, box: Box) -> bool:
+    """Whether a polyline has a stretch inside a box: end points, or a long straight piece that crosses it."""
+    if box.left >= box.right or box.top >= box.bottom or len(points) == 0:
+        return False
+    low, high = points.min(axis=0), points.max(axis=0)
+    if low[0] > box.right or high[0] < box.left or low[1] > box.bottom or high[1] < box.top:
+        return False
+    steps = np.linspace(0.0, 1.0, 24)[:, None, None]
+    dense = (points[:-1] * (1 - steps) + points[1:] * steps).reshape(-1, 2)
+    inside = (dense[:, 0] > box.left) & (dense[:, 0] < box.right) & (dense[:, 1] > box.top) & (dense[:, 1] < box.bottom)
+    return bool(inside.any())
+
+
+def _one_label(one: Mark, other: Mark) -> bool:
+    """The letter, subscript and size of one label, or a glyph's letter with its super- and subscript."""
+    if one.role == other.role == "label":
+        return one.wire == other.wire and abs(one.y - other.y) < 4
+    return bool(one.op) and one.op == other.op
+
+
+def _inside(mark: Mark, scene: Scene) -> bool:
+    if mark.shape == "text":
+        box = text_box(mark)
+    elif mark.shape == "rect":
+        box = Box(mark.x, mark.y, mark.x + mark.w, mark.y + mark.h)
+    elif mark.shape == "circle":
+        box = Box(mark.x - mark.r, mark.y - mark.r, mark.x + mark.r, mark.y + mark.r)
+    else:
+        points = path_points(mark.d)
+        if len(points) == 0:
+            return True
+        (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+        box = Box(left, top, right, bottom)
+    return box.left >= -0.5 and box.top >= -0.5 and box.right <= scene.width + 0.5 and box.bottom <= scene.height + 0.5
+
+
+def _crossings(wires: list[tuple[Mark, np.ndarray]]) -> int:
+    """How often wires cross: by the order of their heights where they run side by side."""
+    count = 0
+    for n, (_, one) in enumerate(wires):
+        for _, other in wires[n + 1 :]:
+            left, right = max(one[0][0], other[0][0]), min(one[-1][0], other[-1][0])
+            if right - left < 1:
+                continue
+            a0, a1 = np.interp([left, right], one[:, 0], one[:, 1])
+            b0, b1 = np.interp([left, right], other[:, 0], other[:, 1])
+            count += (a0 - b0) * (a1 - b1) < -0.5
+    return count
