@@ -158,5 +158,5 @@ def _crossings(wires: list[tuple[Mark, np.ndarray]]) -> int:
                 continue
             a0, a1 = np.interp([left, right], one[:, 0], one[:, 1])
             b0, b1 = np.interp([left, right], other[:, 0], other[:, 1])
-            count += (a0 - b0) * (a1 - b1) < -0.5
+            count += int((a0 - b0) * (a1 - b1) < -0.5)
     return count

@@ -88,7 +88,7 @@ def draw_node(pen: Pen, spot: Spot) -> None:
         _terminal(pen, spot)
         return
     start = len(pen.marks)
-    over = node.kind in ("block", "box", "opaque", "pool")  # what passes is seen to pass over
+    over = node.kind in ("block", "box", "opaque", "pool", "linear", "conv")  # what passes is seen to pass over
     if not over and node.kind not in ("contract", "bar"):
         _passing(pen, spot)
     draw = {
@@ -240,7 +240,7 @@ def _linear(pen: Pen, spot: Spot) -> None:
     low, high = _extent(spot, 13.0)
     fill = "linear" if node.kind == "linear" else "conv"
     pen.add(Mark("rect", "glyph", x=left, y=low, w=2 * half, h=high - low, r=4, fill=fill))
-    y = (low + high) / 2
+    y = _free_height(spot, low, high)
     wide = width(node.upper, 11) if node.upper else 6 if node.lower else 0
     at = x - wide / 2 - 1
     pen.text(at, y + 7, node.label, font="strong", size=19)
@@ -357,7 +357,7 @@ def _conv(pen: Pen, spot: Spot) -> None:
     if high - low < 20:
         low, high = (low + high) / 2 - 12, (low + high) / 2 + 12
     pen.add(Mark("rect", "glyph", x=x - half, y=low, w=2 * half, h=high - low, stroke="ink", fill="conv", width=2.2))
-    y = (low + high) / 2
+    y = _free_height(spot, low, high)
     pen.text(x, y + 4, node.label + node.lower, size=12, font="title")
     if node.upper:
         pen.text(x + half - 2, low + 10, node.upper, size=9, font="label", anchor="end")

@@ -72,6 +72,8 @@ def permutability(
             why.setdefault(wire, f"it {reason} {name!r}")
     for op in ops:
         for axis in op.axes:
+            if op.kind == "cat" and axis.role == "joined" and not axis.ins and not wires[axis.wire].parts:
+                why.setdefault(axis.wire, f"{op.fn} in {op.name!r} numbers different arrays with it")
             if axis.role in _PINNING:
                 where = f" ({op.source})" if op.source else ""
                 why.setdefault(axis.wire, f"{op.fn} in {op.name!r} {_PINNING[axis.role]}{where}")

@@ -40,10 +40,13 @@ _VIEWS = frozenset(
     "detach_ type_as cpu cuda requires_grad_ conj pixel_shuffle".split()
 )
 _BY_SHAPE = {
-    "view_as": torch.Tensor.view,
-    "reshape_as": torch.Tensor.reshape,
-    "expand_as": torch.Tensor.expand,
+    "view_as": (torch.Tensor.view, lambda other: tuple(other.shape)),
+    "reshape_as": (torch.Tensor.reshape, lambda other: tuple(other.shape)),
+    "expand_as": (torch.Tensor.expand, lambda other: tuple(other.shape)),
+    "type_as": (torch.Tensor.to, lambda other: other.dtype),
 }
+"""Functions whose other operand gives its shape or type and nothing else -> what they are without it."""
+
 _LARGE = 1 << 20
 """Numbers of more entries than this are not computed in a meta run."""
 _KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
@@ -213,7 +216,9 @@ class Recorder(TorchFunctionMode):
             plan = _plans[func] = _plan(func)
         name, rule, replacement = plan
         if name in _BY_SHAPE:  # the other operand gives its shape and nothing else
-            return self.__torch_function__(_BY_SHAPE[name], types, (args[0], tuple((args[1:] or (*kwargs.values(),))[0].shape)))
+            function, needed = _BY_SHAPE[name]
+            other = (args[1:] or (*kwargs.values(),))[0]
+            return self.__torch_function__(function, types, (args[0], needed(other)))
         if replacement is not None:
             return self._composite(name, replacement, args, kwargs)
         if name == "device" and self.meta:

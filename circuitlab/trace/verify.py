@@ -56,8 +56,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no claim failed, and at least one was tested."""
-        return not self.failed and bool(self.held)
+        """Whether no claim failed."""
+        return not self.failed
 
     def to_frame(self) -> Any:
         """All claims as a pandas DataFrame: result, kind, subject, wire, error, why, source."""
@@ -184,7 +184,12 @@ def _to_double(model: torch.nn.Module, values: Any) -> Any:
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.double()
     _doubles.clear()
-    return _mapped(values, lambda t: t.double() if t.is_floating_point() else t)
+    twins: dict[int, torch.Tensor] = {}  # one tensor given twice stays one: modules ask whether keys are queries
+
+    def double(tensor: torch.Tensor) -> torch.Tensor:
+        return twins.setdefault(id(tensor), tensor.double()) if tensor.is_floating_point() else tensor
+
+    return _mapped(values, double)
 
 
 _doubles: dict[int, torch.nn.Parameter] = {}
@@ -242,6 +247,8 @@ def _test_op(tester: _Tester, op: Op, func: Any, call: Any, results: list[torch.
             continue
         error = 0.0
         for number, (result, dims) in enumerate(zip(results, outputs, strict=True)):
+            if number and axis.role == "reduced":
+                continue  # where the largest was: read by nobody, else the role were "ordered"
             places = [place for place in axis.outs if place[0] == number]
             expected = _reindexed(result, places, dims.dims, sizes, index)
             error = max(error, _difference(got[number], expected))

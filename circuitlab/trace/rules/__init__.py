@@ -61,7 +61,7 @@ _NAMES: dict[Rule, str] = {
     pointwise.like: "zeros_like ones_like full_like empty_like",
     contract.linear: "linear",
     contract.bilinear: "bilinear",
-    contract.matmul: "matmul mm bmm mv dot inner_ vdot_ linalg_matmul",
+    contract.matmul: "matmul mm bmm mv dot vdot linalg_vecdot_ linalg_matmul",
     contract.rmatmul: "rmatmul",
     contract.outer: "outer ger",
     contract.addmm: "addmm baddbmm addmv",
@@ -112,6 +112,12 @@ _NAMES: dict[Rule, str] = {
     index.created: "zeros ones full empty new_zeros new_ones new_full new_empty arange range linspace logspace eye rand "
     "randn randint randperm tensor as_tensor new_tensor scalar_tensor tril_indices triu_indices hann_window "
     "hamming_window from_numpy empty_strided",
+    index.cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
+    spatial.grid_sampler: "grid_sampler",
+    shape.to_complex: "view_as_complex",
+    shape.to_real: "view_as_real",
+    pointwise.fourier: "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 "
+    "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift",
     index.recurrent: "lstm gru rnn_tanh rnn_relu",
 }
 

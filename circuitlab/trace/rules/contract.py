@@ -110,8 +110,10 @@ def outer(w: Wires, event: Event, input: Operand, vec2: Operand) -> Pattern:
     return product(w, event, [(input, "i"), (vec2, "j")], "ij")
 
 
-def addmm(w: Wires, event: Event, input: Operand, mat1: Operand, mat2: Operand, **kwargs: Any) -> Pattern:
+def addmm(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
     """input + mat1 mat2 (addmm, baddbmm, addmv)."""
+    given = [*args, *(kwargs[key] for key in ("mat1", "batch1", "mat", "mat2", "batch2", "vec") if key in kwargs)]
+    mat1, mat2 = given[:2]
     right = "kj" if mat2.ndim > 1 else "k"
     lead = "b" if mat1.ndim == 3 else ""
     result = lead + "i" + ("j" if mat2.ndim > 1 else "")

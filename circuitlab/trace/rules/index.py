@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, set_role
+from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, elementwise, set_role
 from circuitlab.trace.rules.pointwise import pointwise
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -147,6 +147,10 @@ def getitem(w: Wires, event: Event, input: Operand, index: Any) -> Pattern:
 
 def setitem(w: Wires, event: Event, input: Operand, index: Any, value: Any) -> Pattern:
     """``x[index] = value``: x with some entries replaced; dimensions that the index leaves whole pass."""
+    if isinstance(index, Operand) and index.value.dtype == "bool" and index.ndim == input.ndim:
+        if isinstance(value, Operand) and value.ndim:
+            raise NoRuleError  # as many values as there are entries: in their order
+        return elementwise(w, event, event.operands, input.shape)  # a choice entry by entry
     pattern = Pattern("box")
     read = _Read(w, event, pattern, input, index)
     whole = {id(letter) for letters in read.out for letter in letters if letter.role in ("broadcast", "diagonal")}
@@ -161,6 +165,11 @@ def setitem(w: Wires, event: Event, input: Operand, index: Any, value: Any) -> P
             if dim and not target:
                 raise NoRuleError
         pattern.ins[value.slot] = own
+    kept = {id(letter) for letters in read.slots for letter in letters}
+    for slot, slots in pattern.ins.items():
+        for letter in (letter for letters in slots for letter in letters):
+            if slot != input.slot and id(letter) not in kept:
+                letter.role = "gathered"
     for letter in touched:
         letter.role = "ordered"
     for letters in read.out:
@@ -397,3 +406,28 @@ def _cell(
         elif parameter is recurrent_:
             own.append([Letter("joined", state)])
         pattern.ins[parameter.slot] = own
+
+
+def cell(w: Wires, event: Event, input: Operand, hidden: Any, w_ih: Operand, w_hh: Operand, *biases: Any, **kwargs: Any) -> Pattern:
+    """One step of an LSTM, GRU or RNN: gates share the hidden wire."""
+    states = list(hidden) if isinstance(hidden, (tuple, list)) else [hidden]
+    size = states[0].shape[-1]
+    pattern = Pattern("scan")
+    slots = pattern.take(input)
+    set_role(slots[-1], "contracted")
+    state = states[0].dims[-1]
+    weights = [w_ih, w_hh, *(bias for bias in biases if isinstance(bias, Operand))]
+    if size == 1 or len(weights) not in (2, 4):
+        raise NoRuleError
+    _cell(w, pattern, weights, slots[-1], state, size)
+    for tensor in states:
+        own = pattern.take(tensor, "ordered")
+        w.unify(tensor.dims[-1], state)
+        set_role(own[-1], "joined")
+        if input.ndim > 1 and own[0]:
+            w.unify(tensor.dims[0], input.dims[0])
+            own[0] = slots[0]
+            set_role(slots[0], "diagonal")
+    for _ in event.outs:
+        pattern.out([*slots[:-1], [Letter("joined", state)]])
+    return pattern

@@ -31,7 +31,7 @@ POINTWISE = frozenset(
     special_erfc special_erfinv special_exp2 special_expit special_expm1 special_gammaln special_log1p special_logit
     special_xlogy special_xlog1py special_i0 special_i0e special_i1 special_i1e special_ndtr special_ndtri special_log_ndtr
     sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv trunc where xlogy and or xor invert
-    ror rxor complex copy masked_fill dequantize nan_to_num zero fill
+    ror rxor complex real imag conj copy masked_fill dequantize nan_to_num zero fill
     """.split()
 )
 """Functions that treat every entry alike, broadcasting their operands."""
@@ -357,4 +357,25 @@ def similarity(
     set_role(columns[axis], "contracted")
     keep = len(event.outs[0].shape) == len(shape)
     pattern.outs = [[[] if keep and a == axis else c for a, c in enumerate(columns) if keep or a != axis]]
+    return pattern
+
+
+def fourier(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Transforms along one, two or all dimensions; the rest pass."""
+    name = event.fn
+    two, whole = name.endswith("2"), name.endswith(("n", "shift"))
+    dim = kwargs.get("dim", args[1] if len(args) > 1 and not whole else None)
+    if name.endswith("shift"):
+        dim = kwargs.get("dim", args[0] if args else None)
+    if dim is None:
+        dim = (-2, -1) if two else range(input.ndim) if whole else -1
+    axes = axes_of(dim if isinstance(dim, int) else list(dim), input.ndim)
+    pattern = Pattern("box")
+    slots = pattern.take(input)
+    out = list(slots)
+    for axis in axes:
+        size = event.outs[0].shape[axis]
+        set_role(slots[axis], "ordered")
+        out[axis] = slots[axis] if size == input.shape[axis] else pattern.new(w, size, "ordered", "spectrum", event.name)
+    pattern.out(out)
     return pattern

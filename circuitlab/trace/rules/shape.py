@@ -332,3 +332,20 @@ def diagonal_write(w: Wires, event: Event, view: Any, base: Operand, written: Op
     pattern.take(written, "ordered")
     pattern.out(slots)
     return pattern
+
+
+def to_complex(w: Wires, event: Event, input: Operand) -> Pattern:
+    """The last dimension holds real and imaginary parts; it goes."""
+    pattern = Pattern("box")
+    slots = pattern.take(input)
+    set_role(slots[-1], "ordered")
+    pattern.out(slots[:-1])
+    return pattern
+
+
+def to_real(w: Wires, event: Event, input: Operand) -> Pattern:
+    """A new last dimension holds real and imaginary parts."""
+    pattern = Pattern("box")
+    slots = pattern.take(input)
+    pattern.out([*slots, pattern.new(w, 2, "ordered", "complex", event.name)])
+    return pattern

@@ -230,3 +230,18 @@ def fold(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> P
     places = [pattern.new(w, size, "windowed", "positions", event.name, None, n) for n, size in enumerate(out[2:])]
     pattern.out([slots[0], c, *places])
     return pattern
+
+
+def grid_sampler(w: Wires, event: Event, input: Operand, grid: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Pixels read at given places: the places' dimensions stand for the pixels'."""
+    pattern = Pattern("gather")
+    slots, places = pattern.take(input), pattern.take(grid)
+    if input.dims[0] or grid.dims[0]:
+        w.unify(input.dims[0], grid.dims[0])
+        set_role(slots[0], "diagonal")
+        places[0] = slots[0]
+    for letters in slots[2:]:
+        set_role(letters, "gathered")
+    set_role(places[-1], "ordered")
+    pattern.out([slots[0], slots[1], *places[1:-1]])
+    return pattern

@@ -1,0 +1,33 @@
+"""Every model of the zoo is traced, verified on numbers, drawn without a fault, and left as it was."""
+
+import pytest
+import torch
+from tests.zoo import ZOO
+
+import circuitlab as cl
+from circuitlab.circuit import Circuit
+from circuitlab.diagram.check import look
+from circuitlab.diagram.layout import draw
+
+# calls that no rule covers yet: they are drawn as opaque boxes, which is the honest answer
+OPAQUE = {"cross_reshape", "vmap"}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_model(name):
+    torch.manual_seed(0)
+    model, args, kwargs = ZOO[name]()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    circuit = cl.trace(model, *args, **kwargs)
+    report = circuit.verify(model, *args, **kwargs)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert report.ok, report.failed
+    assert bool(circuit.opaque) == (name in OPAQUE), circuit.opaque
+    assert report.held or name in OPAQUE
+    assert Circuit.from_json(circuit.to_json()) == circuit
+    for depth in (0, 1, 2, 9):
+        found = look(draw(circuit, depth=depth))
+        assert found.ok, (depth, found)
+    circuit.text(depth=2)

@@ -1,0 +1,626 @@
+"""Small models of many styles. Each entry makes (model, args, kwargs); every one is traced, verified and drawn."""
+
+import collections
+import dataclasses
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from circuitlab.gallery import attention, gpt, llama, mlp, moe, resnet, unet, visual_attention
+
+ZOO = {}
+
+
+def entry(make):
+    ZOO[make.__name__] = make
+    return make
+
+
+def style(name, *inputs, **parts):
+    """A model from a forward function; parts are its submodules and parameters."""
+
+    def decorate(forward):
+        def make():
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    for key, value in parts.items():
+                        setattr(self, key, value() if callable(value) and not isinstance(value, nn.Module) else value)
+
+            Model.forward = forward
+            Model.__name__ = name
+            return Model(), tuple(i() if callable(i) else i.clone() for i in inputs), {}
+
+        ZOO[name] = make
+        return forward
+
+    return decorate
+
+
+def x(*shape):
+    return lambda: torch.randn(*shape)
+
+
+def ids(*shape, high=10):
+    return lambda: torch.randint(0, high, shape)
+
+
+def linear(*sizes, **options):
+    return lambda: nn.Linear(*sizes, **options)
+
+
+# the gallery ------------------------------------------------------------------------------------------------
+
+ZOO["gallery_mlp"] = lambda: (mlp.Recogniser(6, 8, 4), (torch.randn(3, 6, 6),), {})
+ZOO["gallery_sdpa"] = lambda: (
+    attention.ScaledDotProductAttention(), (torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)), {})
+ZOO["gallery_multi_head"] = lambda: (
+    attention.MultiHeadAttention(16, 4), (torch.randn(2, 7, 16), torch.randn(2, 5, 16)), {})
+ZOO["gallery_resnet"] = lambda: (resnet.IdentityResNet((4, 8), 2), (torch.randn(2, 3, 8, 8),), {})
+ZOO["gallery_unet"] = lambda: (unet.UNet(1, 4, 3), (torch.randn(2, 1, 16, 16),), {})
+ZOO["gallery_visual_attention"] = lambda: (visual_attention.VisualAttention(16, 4), (torch.randn(2, 16, 4, 6),), {})
+ZOO["gallery_gpt"] = lambda: (gpt.GPT(32, 16, 16, 4, 2), (torch.randint(0, 32, (2, 7)),), {})
+ZOO["gallery_llama"] = lambda: (llama.Llama(32, 16, 4, 2, 2), (torch.randint(0, 32, (2, 7)),), {})
+ZOO["gallery_moe"] = lambda: (moe.MixtureOfExperts(8, 12, 3), (torch.randn(10, 8),), {})
+
+
+# torch's own modules ----------------------------------------------------------------------------------------
+
+
+@entry
+def torch_transformer():
+    return nn.Transformer(16, 4, 1, 1, 32, batch_first=True), (torch.randn(2, 5, 16), torch.randn(2, 6, 16)), {}
+
+
+@entry
+def torch_transformer_encoder():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True, activation="gelu")
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (torch.randn(2, 5, 16),), {}
+
+
+@entry
+def torch_multihead_attention():
+    return nn.MultiheadAttention(16, 4), (torch.randn(5, 2, 16),) * 3, {"need_weights": True}
+
+
+@entry
+def torch_multihead_attention_kv():
+    return (
+        nn.MultiheadAttention(16, 4, kdim=8, vdim=12, batch_first=True),
+        (torch.randn(2, 5, 16), torch.randn(2, 7, 8), torch.randn(2, 7, 12)),
+        {"need_weights": False},
+    )
+
+
+@entry
+def torch_lstm():
+    return nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True), (torch.randn(3, 5, 6),), {}
+
+
+@entry
+def torch_gru():
+    return nn.GRU(6, 8), (torch.randn(5, 3, 6),), {}
+
+
+@entry
+def torch_lstm_cell():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTMCell(4, 6)
+
+        def forward(self, x):
+            h = c = torch.zeros(x.shape[1], 6)
+            for step in x:
+                h, c = self.cell(step, (h, c))
+            return h
+
+    return Steps(), (torch.randn(3, 2, 4),), {}
+
+
+@entry
+def torch_sequential_conv1d():
+    return nn.Sequential(nn.Conv1d(3, 8, 5, padding=2), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2)), (
+        torch.randn(2, 3, 16),), {}
+
+
+@entry
+def torch_conv_groups_dilation():
+    return nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, padding=2, dilation=2), nn.Conv2d(8, 12, 1), nn.SiLU()), (
+        torch.randn(2, 8, 9, 9),), {}
+
+
+@entry
+def torch_conv3d():
+    return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)), (
+        torch.randn(2, 2, 4, 5, 6),), {}
+
+
+@entry
+def torch_norms():
+    return nn.Sequential(nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), nn.BatchNorm2d(8), nn.PReLU(8)), (
+        torch.randn(2, 8, 5, 5),), {}
+
+
+@entry
+def torch_embedding_bag():
+    return nn.EmbeddingBag(20, 6), (torch.randint(0, 20, (3, 4)),), {}
+
+
+@entry
+def torch_bilinear():
+    return nn.Bilinear(4, 5, 6), (torch.randn(3, 4), torch.randn(3, 5)), {}
+
+
+@entry
+def torch_upsample():
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 4, 3), nn.PixelShuffle(2)), (
+        torch.randn(1, 3, 4, 4),), {}
+
+
+@entry
+def torch_unfold_fold():
+    class Patches(nn.Module):
+        def forward(self, x):
+            return F.fold(F.unfold(x, 2, stride=2), x.shape[-2:], 2, stride=2)
+
+    return Patches(), (torch.randn(2, 3, 4, 6),), {}
+
+
+@entry
+def torch_weight_norm():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), (torch.randn(2, 4),), {}
+
+
+@entry
+def torch_spectral_norm():
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)).eval(), (torch.randn(2, 4),), {}
+
+
+# styles of writing ------------------------------------------------------------------------------------------
+
+
+@style("einsum_attention", x(2, 5, 8), q=linear(8, 8), k=linear(8, 8), v=linear(8, 8))
+def _(self, x):
+    w = torch.einsum("bid,bjd->bij", self.q(x), self.k(x)) / math.sqrt(8)
+    return torch.einsum("bij,bjd->bid", w.softmax(-1), self.v(x))
+
+
+@style("matmul_parameter", x(3, 4), w=lambda: nn.Parameter(torch.randn(4, 5)), b=lambda: nn.Parameter(torch.randn(5)))
+def _(self, x):
+    return x @ self.w + self.b
+
+
+@style("addmm", x(3, 4), w=lambda: nn.Parameter(torch.randn(4, 5)), b=lambda: nn.Parameter(torch.randn(5)))
+def _(self, x):
+    return torch.addmm(self.b, x, self.w)
+
+
+@style("baddbmm", x(2, 3, 4), x(2, 4, 5), x(2, 3, 5))
+def _(self, a, b, c):
+    return torch.baddbmm(c, a, b)
+
+
+@style("residual_in_place", x(3, 8), a=linear(8, 8), b=linear(8, 8))
+def _(self, x):
+    y = self.a(x)
+    y += x
+    y.relu_()
+    y.mul_(2).add_(self.b(y))
+    return y
+
+
+@style("setitem_rows", x(4, 6), a=linear(6, 6))
+def _(self, x):
+    out = torch.zeros_like(x)
+    out[:2] = self.a(x[:2])
+    out[2:] = x[2:]
+    return out
+
+
+@style("setitem_mask", x(4, 6))
+def _(self, x):
+    y = x.clone()
+    y[y < 0] = 0
+    return y
+
+
+@style("view_of_view_written", x(2, 3, 4))
+def _(self, x):
+    y = x.clone()
+    y.view(6, 4)[:, 0].zero_()
+    return y
+
+
+@style("out_argument", x(3, 4), x(3, 4))
+def _(self, a, b):
+    buffer = torch.empty(3, 4)
+    torch.add(a, b, out=buffer)
+    return buffer * 2
+
+
+@style("transposed_write", x(3, 4))
+def _(self, x):
+    y = x.clone()
+    y.t()[1] += 1
+    return y
+
+
+@style("chunk_gate", x(3, 8), a=linear(8, 16))
+def _(self, x):
+    a, b = self.a(x).chunk(2, dim=-1)
+    return a * torch.sigmoid(b)
+
+
+@style("glu", x(3, 8), a=linear(8, 16))
+def _(self, x):
+    return F.glu(self.a(x))
+
+
+@style("geglu_fused", x(2, 5, 8), up=linear(8, 24), down=linear(12, 8))
+def _(self, x):
+    gate, value = self.up(x).split(12, dim=-1)
+    return self.down(F.gelu(gate, approximate="tanh") * value)
+
+
+@style("gelu_by_hand", x(3, 8), a=linear(8, 8))
+def _(self, x):
+    y = self.a(x)
+    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+@style("rms_norm_by_hand", x(2, 5, 8), w=lambda: nn.Parameter(torch.ones(8)))
+def _(self, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.w
+
+
+@style("layer_norm_by_hand", x(2, 5, 8))
+def _(self, x):
+    mean = x.mean(dim=-1, keepdim=True)
+    var = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
+    return (x - mean) / (var + 1e-5).sqrt()
+
+
+@style("causal_mask_buffer", x(2, 5, 5))
+def _(self, s):
+    mask = torch.tril(torch.ones(5, 5, dtype=torch.bool))
+    return s.masked_fill(~mask, float("-inf")).softmax(-1)
+
+
+@style("alibi", x(2, 4, 5, 5))
+def _(self, s):
+    slopes = torch.tensor([2.0**-n for n in range(1, 5)])
+    distance = torch.arange(5)[None] - torch.arange(5)[:, None]
+    return (s + slopes[:, None, None] * distance).softmax(-1)
+
+
+@style("sinusoidal_positions", ids(2, 6), e=lambda: nn.Embedding(10, 8))
+def _(self, t):
+    n = torch.arange(t.shape[1])[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+    return self.e(t) + torch.cat([n.sin(), n.cos()], dim=-1)
+
+
+@style("cross_reshape", x(6, 4))
+def _(self, x):
+    return x.reshape(8, 3)
+
+
+@style("patchify", x(2, 3, 8, 8), e=linear(48, 10))
+def _(self, x):
+    b, c, h, w = x.shape
+    p = x.reshape(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return self.e(p)
+
+
+@style("vit_qkv_unbind", x(2, 5, 12), qkv=linear(12, 36), proj=linear(12, 12))
+def _(self, x):
+    b, n, d = x.shape
+    q, k, v = self.qkv(x).reshape(b, n, 3, 3, d // 3).permute(2, 0, 3, 1, 4).unbind(0)
+    y = (q * (d // 3) ** -0.5) @ k.transpose(-2, -1)
+    return self.proj((y.softmax(-1) @ v).transpose(1, 2).reshape(b, n, d))
+
+
+@style("class_token", x(2, 5, 8), token=lambda: nn.Parameter(torch.zeros(1, 1, 8)), a=linear(8, 8))
+def _(self, x):
+    x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+    return self.a(x)[:, 0]
+
+
+@style("stack_mean", x(3, 4), a=linear(4, 4), b=linear(4, 4))
+def _(self, x):
+    return torch.stack([self.a(x), self.b(x)]).mean(0)
+
+
+@style("gather_select", x(3, 6), ids(3, 2, high=6))
+def _(self, x, i):
+    return x.gather(1, i) + x.index_select(1, torch.tensor([0, 1]))
+
+
+@style("graph_conv", x(5, 6), lambda: torch.randint(0, 5, (2, 8)), a=linear(6, 6))
+def _(self, x, edges):
+    source, target = edges
+    messages = self.a(x)[source]
+    return torch.zeros_like(x).index_add(0, target, messages).relu()
+
+
+@style("scatter_add", x(3, 6), ids(3, 6, high=4))
+def _(self, x, i):
+    return torch.zeros(3, 4).scatter_add(1, i, x)
+
+
+@style("topk_sort", x(3, 6))
+def _(self, x):
+    values, index = x.topk(2, dim=-1)
+    return values + x.sort(dim=-1).values[:, :2], index
+
+
+@style("cumsum_flip", x(3, 6))
+def _(self, x):
+    return x.cumsum(1).flip(1)
+
+
+@style("roll_window", x(2, 8, 8, 4), a=linear(4, 4))
+def _(self, x):
+    x = torch.roll(x, (-2, -2), (1, 2))
+    w = x.view(2, 2, 4, 2, 4, 4).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 4)
+    return self.a(w)
+
+
+@style("shared_layer", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    return self.a(self.a(self.a(x)))
+
+
+@style("loop_with_state", x(4, 3, 5), a=linear(5, 5), b=linear(5, 5))
+def _(self, x):
+    h = torch.zeros(3, 5)
+    for step in x.unbind(0):
+        h = torch.tanh(self.a(step) + self.b(h))
+    return h
+
+
+@style("branch_on_shape", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    return self.a(x) if x.shape[0] > 2 else x
+
+
+@style("branch_on_data", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    return self.a(x) if x.sum() > -100 else x
+
+
+@style("broadcasting", x(3, 1, 4), x(5, 1))
+def _(self, a, b):
+    return (a + b) * torch.ones(4)
+
+
+@style("outer_difference", x(3, 4), x(5, 4))
+def _(self, a, b):
+    return (a[:, None] - b[None]).square().sum(-1).sqrt()
+
+
+@style("cdist_norm", x(3, 4))
+def _(self, x):
+    return F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T
+
+
+@style("losses", x(3, 5), ids(3, high=5))
+def _(self, x, y):
+    return F.cross_entropy(x, y)
+
+
+@style("fft_mixer", x(2, 6, 8))
+def _(self, x):
+    return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+
+
+@style("complex_rotary", x(2, 5, 3, 8))
+def _(self, x):
+    angle = torch.outer(torch.arange(5), 1.0 / 10 ** (torch.arange(4) / 4))
+    turned = torch.view_as_complex(x.reshape(2, 5, 3, 4, 2)) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.view_as_real(turned).flatten(3)
+
+
+@style("swiglu_einsum", x(2, 5, 8), w=lambda: nn.Parameter(torch.randn(2, 12, 8)), o=lambda: nn.Parameter(torch.randn(8, 12)))
+def _(self, x):
+    a, b = torch.einsum("bnd,gfd->gbnf", x, self.w)
+    return torch.einsum("bnf,df->bnd", F.silu(a) * b, self.o)
+
+
+@style("batched_experts", x(3, 4, 8), w=lambda: nn.Parameter(torch.randn(3, 8, 6)))
+def _(self, x):
+    return torch.bmm(x, self.w)
+
+
+@style("tied_embedding", ids(2, 6), e=lambda: nn.Embedding(10, 8))
+def _(self, t):
+    return self.e(t) @ self.e.weight.T
+
+
+@style("gram_style", x(2, 3, 4, 5))
+def _(self, x):
+    f = x.flatten(2)
+    return f @ f.transpose(1, 2) / f.shape[-1]
+
+
+@style("squeeze_excite", x(2, 8, 5, 5), a=linear(8, 4), b=linear(4, 8))
+def _(self, x):
+    s = x.mean((2, 3))
+    return x * torch.sigmoid(self.b(F.relu(self.a(s))))[..., None, None]
+
+
+@style("dropout_train", x(3, 8), a=linear(8, 8), d=lambda: nn.Dropout(0.5))
+def _(self, x):
+    return self.d(self.a(x))
+
+
+@style("pad_and_shift", x(2, 6, 4))
+def _(self, x):
+    return F.pad(x, (0, 0, 1, 0))[:, :-1] + x
+
+
+@style("minmax_argmax", x(3, 6))
+def _(self, x):
+    top, where = x.max(dim=1)
+    return top - x.amin(1), where, x.argmax()
+
+
+@style("named_tuple_out", x(3, 4))
+def _(self, x):
+    return collections.namedtuple("Out", "a b")(x + 1, {"c": [x.sum(0), None]})
+
+
+@style("meshgrid_grid_sample", x(1, 2, 4, 4))
+def _(self, x):
+    line = torch.linspace(-1, 1, 4)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)[None]
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+@style("tensordot_kron", x(3, 4), x(4, 5))
+def _(self, a, b):
+    return torch.tensordot(a, b, dims=([1], [0])), torch.outer(a[0], b[:, 0])
+
+
+@style("group_query_repeat", x(2, 6, 5, 4), x(2, 2, 5, 4))
+def _(self, q, k):
+    return q @ k.repeat_interleave(3, dim=1).transpose(-2, -1)
+
+
+@style("vmap", x(3, 4), a=linear(4, 5))
+def _(self, x):
+    return torch.vmap(lambda row: torch.tanh(row))(self.a(x))
+
+
+@style("einops_style", x(2, 6, 8), a=linear(8, 8))
+def _(self, x):
+    from einops import rearrange, reduce
+
+    y = rearrange(self.a(x), "b n (h d) -> b h n d", h=2)
+    return reduce(y, "b h n d -> b n d", "mean")
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: tuple
+
+
+@style("dataclass_out", x(3, 4), a=linear(4, 2))
+def _(self, x):
+    return Output(self.a(x), (x,))
+
+
+@entry
+def keyword_inputs():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x, *, mask=None, scale=1.0):
+            return self.a(x) * mask[..., None] * scale
+
+    return Masked(), (torch.randn(2, 3, 4),), {"mask": torch.ones(2, 3), "scale": 0.5}
+
+
+@entry
+def dict_input():
+    class Reads(nn.Module):
+        def forward(self, batch):
+            return batch["a"] + batch["b"].mean(-1, keepdim=True)
+
+    return Reads(), ({"a": torch.randn(2, 3), "b": torch.randn(2, 5)},), {}
+
+
+@entry
+def recursion():
+    class Tree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def descend(self, x, depth):
+            return x if depth == 0 else self.a(self.descend(x, depth - 1) + x)
+
+        def forward(self, x):
+            return self.descend(x, 3)
+
+    return Tree(), (torch.randn(2, 4),), {}
+
+
+@entry
+def buffer_update():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            return x - self.mean
+
+    return Counts(), (torch.randn(3, 4),), {}
+
+
+# Hugging Face, from tiny configurations ---------------------------------------------------------------------
+
+
+def hugging_face(name, config, model, *inputs, **settings):
+    def make():
+        import transformers
+
+        found = getattr(transformers, config)(**settings)
+        return getattr(transformers, model)(found).eval(), tuple(i() for i in inputs), {}
+
+    ZOO[f"hf_{name}"] = make
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 40}
+FINAL = {**SMALL, "use_cache": False}
+hugging_face("gpt2", "GPT2Config", "GPT2LMHeadModel", ids(2, 6), n_layer=2, n_embd=16, n_head=4, vocab_size=40,
+             use_cache=False, bos_token_id=0, eos_token_id=0)
+hugging_face("llama", "LlamaConfig", "LlamaForCausalLM", ids(2, 6), num_key_value_heads=2, **FINAL)
+hugging_face("mistral", "MistralConfig", "MistralForCausalLM", ids(2, 6), num_key_value_heads=2, head_dim=4, **FINAL)
+hugging_face("qwen2", "Qwen2Config", "Qwen2ForCausalLM", ids(2, 6), num_key_value_heads=2, **FINAL)
+hugging_face("gemma", "GemmaConfig", "GemmaForCausalLM", ids(2, 6), num_key_value_heads=2, head_dim=4, **FINAL)
+hugging_face("phi", "PhiConfig", "PhiForCausalLM", ids(2, 6), **FINAL)
+hugging_face("gpt_neox", "GPTNeoXConfig", "GPTNeoXForCausalLM", ids(2, 6), **FINAL)
+hugging_face("bloom", "BloomConfig", "BloomForCausalLM", ids(2, 6), hidden_size=16, n_layer=2, n_head=4,
+             vocab_size=40, use_cache=False)
+hugging_face("opt", "OPTConfig", "OPTForCausalLM", ids(2, 6), ffn_dim=32, max_position_embeddings=32,
+             word_embed_proj_dim=16, **FINAL)
+hugging_face("bert", "BertConfig", "BertModel", ids(2, 6), **SMALL)
+hugging_face("distilbert", "DistilBertConfig", "DistilBertModel", ids(2, 6), dim=16, n_layers=2, n_heads=4,
+             hidden_dim=32, vocab_size=40)
+hugging_face("t5", "T5EncoderModel".replace("EncoderModel", "Config"), "T5EncoderModel", ids(2, 6), d_model=16, d_kv=4,
+             d_ff=32, num_layers=2, num_heads=4, vocab_size=40)
+hugging_face("vit", "ViTConfig", "ViTModel", x(2, 3, 16, 16), image_size=16, patch_size=4, hidden_size=16,
+             num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+hugging_face("clip_vision", "CLIPVisionConfig", "CLIPVisionModel", x(2, 3, 16, 16), image_size=16, patch_size=4,
+             hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+hugging_face("convnext", "ConvNextConfig", "ConvNextModel", x(1, 3, 32, 32), hidden_sizes=[8, 16], depths=[1, 1],
+             num_stages=2)
+hugging_face("resnet", "ResNetConfig", "ResNetModel", x(1, 3, 32, 32), embedding_size=8, hidden_sizes=[8, 16],
+             depths=[1, 1], layer_type="basic")
+
+
+@style("stacked_features", x(2, 3), a=linear(6, 4))
+def _(self, x):
+    return self.a(torch.stack([x.sin(), x.cos()], dim=-1).flatten(1))
+
+
+@style("inverse_permutation", x(6, 3))
+def _(self, x):
+    order = x[:, 0].argsort()
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(6)
+    return x[order][inverse]
+
+
+@style("largest_taken_off", x(2, 5))
+def _(self, x):
+    y = torch.cat([x, torch.zeros(2, 1)], dim=-1)
+    return (y - y.max(dim=-1, keepdim=True).values).softmax(-1)
