@@ -149,7 +149,8 @@ def _merge(pen: Pen, spot: Spot) -> None:
             pen.dot(spot.right, spot.track(band, n), track)
     if spot.node.outs:
         y = min(spot.ys(band)[0] for band in spot.node.outs)
-        pen.text(spot.right, y - 9, spot.node.label, size=17 if len(spot.node.label) < 2 else 12, font="label")
+        short = len(spot.node.label) < 2
+        pen.text(spot.right, y - (9 if short else 21), spot.node.label, size=17 if short else 12, font="label")
 
 
 def _contract(pen: Pen, spot: Spot) -> None:

@@ -153,7 +153,7 @@ class Heights:
         top, bottom = self.top[id(node), row], self.bottom[id(node), row]
         acted = {(id(band), n) for band in (*node.ins, *node.outs) for n in node.acted(band)}
         if node.kind in _FLOATING or not acted:
-            head = _HEAD.get(node.kind, 18.0)
+            head = _HEAD.get(node.kind, 18.0) + (10.0 if node.kind == "merge" and len(node.label) > 1 else 0.0)
             for band in (*node.ins, *node.outs):
                 for variable in self._at(band, node):
                     self._below(top, variable, head)

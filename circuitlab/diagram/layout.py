@@ -340,8 +340,7 @@ class _Page:
         if count < 2:
             return
         first, last = self._columns(nodes)
-        bands = [b for b in self.drawing.bands if self._crosses(b, row)
-                 and self.column[id(b.source)] <= last and self.column[id(b.target)] >= first]
+        bands = [b for b in self.drawing.bands if self._crosses(b, row) and (b.source in nodes or b.target in nodes)]
         spans = [self._span(b, row) for b in bands]
         low, high = min([top, *(s[0] for s in spans)]) - 4, max([bottom, *(s[1] for s in spans)]) + 8
         parentheses(self.pen, left - 8 if row.first <= first else None, right + 10 if last <= row.last else None,

@@ -59,40 +59,48 @@ def place(drawing: Drawing) -> Places:
     if together:
         column = _columns(drawing)
         order = _order(drawing, column)
-        for bands in together:
-            middle = statistics.median(order[id(_beyond(band))] for band in bands)
-            for number, band in enumerate(sorted(bands, key=lambda band: order[id(_beyond(band))])):
+        for node, bands in together:
+            beyond = {id(band): order[id(_beyond(band, node))] for band in bands}
+            anchors = [order[id(band)] for band in node.ins if id(band) not in beyond] or list(beyond.values())
+            middle = statistics.median(anchors)
+            for number, band in enumerate(sorted(bands, key=lambda band: beyond[id(band)])):
                 order[id(band)] = middle + (number + 1) / (2 * len(bands) + 2)
     places = Places(column, order, [])
     places.wrap(drawing, [(0, max(column.values(), default=0))])
     return places
 
 
-def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) -> list[list[Band]]:
+def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) -> list[tuple[Node, list[Band]]]:
     """Where foreign wires would run through a glyph, its wires are led to it side by side, crossing others before.
 
     Changes the drawing: the bands concerned are cut in two by a node of kind "route".
 
     Returns:
-        the short bands at each such glyph.
+        such glyphs, each with the short bands at one side.
     """
+
+    def foreign(own: list[Band], first: int, last: int) -> bool:
+        """Whether another band lies between some bands all the way from one gap to another."""
+        numbers = [order[id(band)] for band in own]
+        return len(own) > 1 and any(
+            band not in own
+            and column[id(band.source)] <= first
+            and column[id(band.target)] > last
+            and min(numbers) < order[id(band)] < max(numbers)
+            for band in drawing.bands
+        )
+
     wanted: list[tuple[Node, str]] = []
     for node in drawing.nodes:
         if node.kind in _FREE:
             continue
-        for side, bands, gap in (("ins", node.ins, column[id(node)] - 1), ("outs", node.outs, column[id(node)])):
-            if len(bands) < 2:
-                continue
-            numbers = [order[id(band)] for band in bands]
-            foreign = any(
-                band not in bands
-                and column[id(band.source)] <= gap < column[id(band.target)]
-                and min(numbers) < order[id(band)] < max(numbers)
-                for band in drawing.bands
-            )
-            if foreign:
-                wanted.append((node, side))
-    return [[_cut(drawing, band, node) for band in list(getattr(node, side))] for node, side in wanted]
+        at = column[id(node)]
+        ins, outs = foreign(node.ins, at - 1, at - 1), foreign(node.outs, at, at)
+        if ins:
+            wanted.append((node, "ins"))
+        if outs or foreign([*node.ins, *node.outs], at - 1, at):
+            wanted.append((node, "outs"))
+    return [(node, [_cut(drawing, band, node) for band in list(getattr(node, side))]) for node, side in wanted]
 
 
 def _cut(drawing: Drawing, band: Band, node: Node) -> Band:
@@ -121,15 +129,30 @@ def _cut(drawing: Drawing, band: Band, node: Node) -> Band:
     return band
 
 
-def _beyond(band: Band) -> Band:
+def _beyond(band: Band, node: Node) -> Band:
     """The band on the other side of a route."""
-    return band.source.ins[0] if band.source.kind == "route" else band.target.outs[0]
+    return band.source.ins[0] if band.target is node else band.target.outs[0]
 
 
 def _columns(drawing: Drawing) -> dict[int, int]:
-    column: dict[int, int] = {}
+    """Longest-path layers; a plate that needs what another makes stands to the right of all of that."""
+    upstream: dict[int, set[str]] = {}
+    after: dict[str, set[str]] = {}
     for node in drawing.nodes:
-        column[id(node)] = max((column[id(band.source)] + 1 for band in node.ins), default=0)
+        reached = upstream[id(node)] = set[str]()
+        for band in node.ins:
+            reached |= upstream[id(band.source)] | set(band.source.plates)
+        reached -= set(node.plates)
+        for name in node.plates:
+            after.setdefault(name, set()).update(reached)
+    column: dict[int, int] = {}
+    ends: dict[str, int] = {}
+    for node in drawing.nodes:
+        before = [column[id(band.source)] for band in node.ins]
+        before += [ends[other] for name in node.plates for other in after.get(name, ()) if other in ends]
+        column[id(node)] = max(before, default=-1) + 1
+        for name in node.plates:
+            ends[name] = max(ends.get(name, 0), column[id(node)])
     last = max(column.values(), default=0)
     for node in drawing.nodes:
         if node.kind == "output":
