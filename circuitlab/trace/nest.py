@@ -197,7 +197,11 @@ def class_source(kind: type[Any]) -> str:
     """Where a module class is defined, as "file.py:12", "" where that cannot be known."""
     forward = getattr(kind, "forward", None)
     code = getattr(forward, "__code__", None)
-    return f"{_short(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""
+    if code is None:
+        return ""
+    if code.co_filename.startswith(_TORCH):
+        return f"torch.nn, {kind.__name__}"
+    return f"{_short(code.co_filename)}:{code.co_firstlineno}"
 
 
 def package_of(kind: type[Any]) -> str:

@@ -1,0 +1,5 @@
+"""Write the golden scenes anew."""
+
+from tests.golden import write
+
+write()

@@ -1,0 +1,158 @@
+"""Bad input gets a clear error and harms nothing; looking at a model never changes it."""
+
+import gc
+import random
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import circuitlab as cl
+from circuitlab.errors import TraceError
+
+
+class Breaks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.good = nn.Linear(4, 4)
+        self.bad = nn.Linear(5, 4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        torch.rand(3)
+        return self.bad(self.good(x))
+
+
+def snapshot(model):
+    return (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()},
+        [m.training for m in model.modules()],
+        [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for m in model.modules()],
+        torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(),
+    )
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_error_names_module_line_and_carries_the_partial_circuit():
+    model = Breaks()
+    before = snapshot(model)
+    with pytest.raises(TraceError, match=r"Breaks.forward raised RuntimeError in module 'bad'.*test_harmless.py") as info:
+        cl.trace(model, torch.zeros(2, 4))
+    assert info.value.module == "bad"
+    assert "test_harmless.py:" in info.value.source
+    assert [op.fn for op in info.value.circuit.ops if op.kind == "linear"] == ["linear"]
+    assert info.value.circuit.svg().startswith("<svg")
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("device", ["meta", "live"])
+def test_nothing_changes_also_under_dropout_and_buffers(device):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model(torch.randn(3, 4)).sum().backward()
+    model[1].eval()
+    before = snapshot(model)
+    x = torch.randn(3, 4)
+    before = snapshot(model)
+    circuit = cl.trace(model, x, device=device)
+    circuit.verify(model, x)
+    assert same(snapshot(model), before)
+
+
+def test_interrupt_passes_through_and_leaves_no_hook():
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    before = len(nn.modules.module._global_forward_hooks)
+    with pytest.raises(KeyboardInterrupt):
+        cl.trace(Interrupted(), torch.zeros(2))
+    assert len(nn.modules.module._global_forward_hooks) == before
+    assert type(torch.zeros(2) + 1) is torch.Tensor
+
+
+def test_activations_are_not_kept_alive():
+    kept = []
+
+    class Watched(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            kept.append(weakref.ref(y))
+            return y.sum()
+
+    circuit = cl.trace(Watched(), torch.zeros(3), device="live")
+    gc.collect()
+    assert circuit.ops
+    assert all(ref() is None for ref in kept)
+
+
+@pytest.mark.parametrize(("make", "args", "message"), [
+    (lambda: nn.Linear, (torch.zeros(1),), "an instance"),
+    (lambda: 3, (), "torch.nn.Module"),
+    (lambda: nn.Linear(2, 2), ("text",), "no tensor among the inputs"),
+    (lambda: nn.Linear(2, 2), (torch.zeros(1, 3),), r"inputs were: input \[1, 3\]"),
+    (lambda: torch.jit.script(nn.Linear(2, 2)), (torch.zeros(1, 2),), "scripted"),
+    (lambda: torch.compile(nn.Linear(2, 2)), (torch.zeros(1, 2),), "_orig_mod"),
+    (lambda: nn.LazyLinear(3), (torch.zeros(1, 2),), "run the module once"),
+])
+def test_wrong_inputs_say_what_to_do(make, args, message):
+    with pytest.raises(cl.CircuitlabError, match=message):
+        cl.trace(make(), *args)
+
+
+def test_meta_is_refused_where_values_are_needed_and_auto_goes_live():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x.relu() if x.sum() > 0 else x.tanh()
+
+    assert cl.trace(Branches(), torch.ones(2)).device == "live"
+    with pytest.raises(TraceError, match="live"):
+        cl.trace(Branches(), torch.ones(2), device="meta")
+    with pytest.raises(cl.CircuitlabError, match="device"):
+        cl.trace(Branches(), torch.ones(2), device="gpu")
+
+
+def test_misspelled_arguments_are_errors():
+    circuit = cl.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    with pytest.raises(TypeError):
+        circuit.svg(dept=2)
+    with pytest.raises(cl.CircuitlabError, match="theme"):
+        circuit.svg(theme="neon")
+    with pytest.raises(cl.CircuitlabError, match="no block"):
+        circuit["layer"]
+    with pytest.raises(cl.CircuitlabError, match="negative"):
+        circuit.svg(depth=-1)
+    with pytest.raises(cl.CircuitlabError, match="overlay"):
+        circuit.svg(overlay={"nothing": 1.0})
+
+
+def test_a_model_on_meta_is_traced_and_not_verified():
+    with torch.device("meta"):
+        model = nn.Linear(3, 4)
+    circuit = cl.trace(model, torch.zeros(2, 3, device="meta"))
+    assert circuit.device == "meta"
+    with pytest.raises(cl.CircuitlabError, match="meta device"):
+        circuit.verify(model, torch.zeros(2, 3))
+
+
+def test_unknown_operations_are_opaque_and_claim_nothing():
+    class Model(nn.Module):
+        def forward(self, x):
+            return torch.from_numpy(np.sort(x.numpy(), axis=0)) * 2
+
+    circuit = cl.trace(Model(), torch.randn(3, 4))
+    (op,) = circuit.opaque
+    assert not any(axis.passes for axis in op.axes)
+    assert "hatch" in circuit.svg()

@@ -1,0 +1,202 @@
+"""The wires of real models, exactly: which axes are one, where they sit, how they are named."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import circuitlab as cl
+from circuitlab.gallery.gpt import GPT
+from circuitlab.gallery.llama import Llama
+
+
+def dims(circuit, name):
+    return [tuple(wire.name for wire in dim) for dim in circuit.parameters[name]]
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return cl.trace(GPT(32, 16, 24, 3, 2), torch.zeros(2, 7, dtype=torch.long))
+
+
+def test_one_residual_wire_through_everything(gpt):
+    wire = gpt.wires["d"]
+    assert wire.size == 24
+    assert wire.permutable
+    holders = {place[0] for place in wire.places}
+    named = {name for name, _ in GPT(32, 16, 24, 3, 2).named_parameters()}
+    hidden = {n for n in named if n.endswith(("qkv.bias", "up.bias"))}
+    assert holders == named - hidden
+
+
+def test_query_weight_reads_heads_times_size_although_linear_ran_first(gpt):
+    (rows,), columns = dims(gpt, "blocks.0.attention.qkv.weight")
+    assert columns == ("d",)
+    parts = gpt.wires[rows].parts
+    assert [(start, stop) for start, stop, _ in parts] == [(0, 24), (24, 48), (48, 72)]
+    (q_head, q_size), (k_head, k_size), (v_head, v_size) = (names for _, _, names in parts)
+    assert q_head == k_head == v_head
+    assert q_size == k_size != v_size  # queries meet keys; values go to the output
+    assert gpt.wires[q_head].size == 3
+    assert gpt.wires[q_size].size == 8
+    assert dims(gpt, "blocks.0.attention.out.weight") == [("d",), (v_head, v_size)]
+
+
+def test_layers_have_heads_of_their_own(gpt):
+    first = gpt.wires[dims(gpt, "blocks.0.attention.qkv.weight")[0][0]].parts[0][2]
+    second = gpt.wires[dims(gpt, "blocks.1.attention.qkv.weight")[0][0]].parts[0][2]
+    assert set(first).isdisjoint(second)
+
+
+def test_one_hidden_wire_for_up_and_down(gpt):
+    up, down = dims(gpt, "blocks.0.mlp.up.weight"), dims(gpt, "blocks.0.mlp.down.weight")
+    assert up[0] == down[1]
+    hidden = gpt.wires[up[0][0]]
+    assert hidden.permutable
+    assert hidden.places == (("blocks.0.mlp.up.weight", 0, 0, None), ("blocks.0.mlp.up.bias", 0, 0, None),
+                             ("blocks.0.mlp.down.weight", 1, 0, None))
+
+
+def test_tied_read_out_gives_the_vocabulary(gpt):
+    out = gpt.tensor(gpt.outputs[0])
+    assert [len(dim) for dim in out.dims] == [1, 1, 1]
+    assert out.dims[2] == gpt.tensor("tokens.weight").dims[0]
+    assert not gpt.wires[out.dims[2][0]].permutable
+
+
+def test_queries_and_keys_are_positions_of_one_wire(gpt):
+    scores = next(gpt.tensor(op.outputs[0]) for op in gpt.ops if op.kind == "contract")
+    assert scores.dims[-1] == scores.dims[-2]
+    assert gpt.wires[scores.dims[-1][0]].kind == "position"
+    assert not gpt.wires[scores.dims[-1][0]].permutable
+
+
+def test_grouped_queries_split_the_heads():
+    circuit = cl.trace(Llama(32, 16, 4, 2, 1), torch.zeros(2, 7, dtype=torch.long))
+    q, k = dims(circuit, "layers.0.attention.q.weight")[0], dims(circuit, "layers.0.attention.k.weight")[0]
+    assert [circuit.wires[n].size for n in q] == [2, 2, 4] or [circuit.wires[n].size for n in q][:2] == [2, 2]
+    assert q[0] == k[0]  # the group of heads that a key-value head serves
+    assert len(q) == len(k) + 1
+    hidden = {dims(circuit, f"layers.0.mlp.{name}.weight")[0] for name in ("gate", "up")}
+    assert hidden == {dims(circuit, "layers.0.mlp.down.weight")[1]}
+
+
+def test_size_alone_never_makes_two_axes_one():
+    circuit = cl.trace(nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)), torch.zeros(5, 5))
+    wires = [circuit.tensor(circuit.inputs[0]).dims, circuit.tensor(circuit.outputs[0]).dims, circuit.tensor("0.weight").dims]
+    assert len({name for found in wires for dim in found for name in dim}) == 4
+
+
+def test_residual_makes_two_axes_one():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.a(x)
+
+    circuit = cl.trace(Residual(), torch.zeros(2, 6))
+    assert circuit.tensor("a.weight").dims[0] == circuit.tensor("a.weight").dims[1]
+
+
+def test_names_given_by_the_user():
+    circuit = cl.trace(nn.Linear(3, 4), torch.zeros(2, 5, 3), names={"input": "batch seq model"})
+    assert [name for dim in circuit.tensor(circuit.inputs[0]).dims for name in dim] == ["batch", "seq", "model"]
+    renamed = circuit.rename({"model": "stream.m"})
+    assert renamed.wires["stream.m"].label == "m"
+    assert [d[0].name for d in renamed.parameters["weight"]][1] == "stream.m"
+    with pytest.raises(cl.CircuitlabError, match="did you mean"):
+        circuit.rename({"modle": "m"})
+    with pytest.raises(cl.CircuitlabError, match="two wires"):
+        circuit.rename({"model": "seq"})
+
+
+def test_names_of_a_wrong_number_say_so():
+    with pytest.raises(cl.CircuitlabError, match="input"):
+        cl.trace(nn.Linear(3, 4), torch.zeros(2, 3), names={"input": "batch seq model"})
+
+
+def test_a_part_is_permuted_inside_its_whole():
+    torch.manual_seed(0)
+    model = GPT(32, 16, 24, 3, 1).double().eval()
+    tokens = torch.randint(0, 32, (2, 7))
+    circuit = cl.trace(model, tokens)
+    permutable = {w.name: torch.randperm(w.size) for w in circuit.wires.values() if w.permutable}
+    assert len(permutable) == 5  # residual, heads, key size, value size, hidden
+    shuffled = circuit.permute(model, permutable)
+    assert (shuffled(tokens) - model(tokens)).abs().max() < 1e-12
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), shuffled.parameters()))
+
+
+def test_permuting_a_frozen_wire_gives_its_reason(gpt):
+    frozen = next(w for w in gpt.wires.values() if w.kind == "vocab")
+    with pytest.raises(cl.CircuitlabError, match="not permutable"):
+        gpt.permute(GPT(32, 16, 24, 3, 2), {frozen.name: torch.randperm(frozen.size)})
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_laws_of_wires_on_random_programs(data):
+    """One size per wire; splitting and merging back gives the product again; every claim holds on numbers."""
+    sizes = data.draw(st.lists(st.sampled_from([2, 3, 4]), min_size=3, max_size=4), label="sizes")
+    steps = data.draw(st.lists(st.sampled_from(["permute", "merge", "split", "linear", "add", "softmax", "sum", "gelu"]),
+                               min_size=1, max_size=7), label="steps")
+
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps = nn.ModuleList()
+
+        def forward(self, x):
+            start, made = x.shape, 0
+            for step in steps:
+                if step == "permute":
+                    x = x.permute(*range(1, x.ndim), 0)
+                elif step == "merge" and x.ndim > 1:
+                    x = x.flatten(0, 1)
+                elif step == "split" and x.ndim < 6 and x.shape[-1] % 2 == 0:
+                    x = x.unflatten(-1, (2, -1))
+                elif step == "linear":
+                    if len(self.maps) == made:
+                        self.maps.append(nn.Linear(x.shape[-1], 4))
+                    x = self.maps[made](x)
+                    made += 1
+                elif step == "add":
+                    x = x + x.roll(0, 0)
+                elif step == "softmax":
+                    x = x.softmax(-1)
+                elif step == "sum" and x.ndim > 1:
+                    x = x.sum(0)
+                elif step == "gelu":
+                    x = nn.functional.gelu(x)
+            return x
+
+    torch.manual_seed(0)
+    x = torch.randn(sizes)
+    model = Program()
+    model(x)
+    circuit = cl.trace(model, x)
+    for tensor in circuit.tensors:
+        for size, dim in zip(tensor.shape, tensor.dims, strict=True):
+            product = 1
+            for name in dim:
+                product *= circuit.wires[name].size
+            assert product == size
+    report = circuit.verify(model, x)
+    assert report.ok, report
+    assert circuit.opaque == ()
+    assert type(circuit).from_json(circuit.to_json()) == circuit
+
+
+def test_a_circuit_is_a_plain_value(gpt, tmp_path):
+    import pickle
+
+    assert pickle.loads(pickle.dumps(gpt)) == gpt
+    gpt.save(tmp_path / "gpt.json")
+    assert cl.load(tmp_path / "gpt.json") == gpt
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        gpt.title = "other"
