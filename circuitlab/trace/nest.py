@@ -91,6 +91,9 @@ class _Level:
     package: str
     line: str = ""
     functions: list[tuple[FrameType, Building]] = field(default_factory=list[tuple[FrameType, Building]])
+    caller: FrameType | None = None  # the frame that was looked up last: most operations share it with the next
+    author: tuple[FrameType, str] | None = None
+    depth: int = 0
 
 
 class Nesting:
@@ -101,6 +104,7 @@ class Nesting:
         self.levels = [_Level(root, package)]
         self.names: dict[str, int] = {root.name: 1}
         self.line = ""
+        self.lines: dict[str, str] = {}
 
     def unique(self, name: str) -> str:
         """The name, numbered from its second use on."""
@@ -121,14 +125,19 @@ class Nesting:
     def here(self, caller: FrameType | None) -> Building:
         """The innermost block that a frame runs in; sets `line`."""
         level = self.levels[-1]
+        functions = level.functions
+        if caller is not None and caller is level.caller:
+            del functions[level.depth :]
+            self._at(level)
+            return functions[-1][1] if functions else level.block
         frames: list[tuple[FrameType, _Code]] = []
-        line = ""
+        level.author = None
         for frame, code in _frames(caller):
-            if code.is_author and not line:
-                line = f"{code.file}\0{frame.f_lineno}"
+            if code.is_author and level.author is None:
+                level.author = (frame, code.file)
             if code.is_block:
                 frames.append((frame, code))
-        self.line = line or level.line
+        self._at(level)
         frames.reverse()
         # of the functions of another package only the outermost is a step that the author wrote
         kept: list[FrameType] = []
@@ -138,7 +147,6 @@ class Nesting:
                 continue
             foreign = code.package if code.package != level.package else ""
             kept.append(frame)
-        functions = level.functions
         same = 0
         while same < len(kept) and same < len(functions) and functions[same][0] is kept[same]:
             same += 1
@@ -150,14 +158,21 @@ class Nesting:
             block = Building(name, title, "function", f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}")
             parent.items.append(block)
             functions.append((frame, block))
+        level.caller, level.depth = caller, len(functions)
         return functions[-1][1] if functions else level.block
+
+    def _at(self, level: _Level) -> None:
+        """Note the author's line that runs now."""
+        found = level.author
+        self.line = f"{found[1]}\0{found[0].f_lineno}" if found is not None else level.line
 
     def source(self) -> str:
         """The author's line of the last `here`, as "file.py:12"."""
-        if not self.line:
-            return ""
-        file, _, number = self.line.partition("\0")
-        return f"{_short(file)}:{number}"
+        known = self.lines.get(self.line)
+        if known is None:
+            file, _, number = self.line.partition("\0")
+            known = self.lines[self.line] = f"{_short(file)}:{number}" if self.line else ""
+        return known
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[FrameType, _Code]]:

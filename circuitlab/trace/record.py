@@ -7,6 +7,7 @@ writes through views and ``out=`` become new values: everything after is single-
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -50,6 +51,11 @@ _BY_SHAPE = {
 _LARGE = 1 << 20
 """Numbers of more entries than this are not computed in a meta run."""
 _KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
+
+
+@functools.cache
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype)[6:]
 
 
 class _Entry:
@@ -150,13 +156,13 @@ class Recorder(TorchFunctionMode):
         count = event.block.counts[event.fn] = event.block.counts.get(event.fn, 0) + 1
         name = f"{event.block.name}.{event.fn}" if event.block.name else event.fn
         event.name = self._name(name if count == 1 else f"{name}_{count}")
+        static, learned = bool(event.operands) or event.rule is not rules.opaque, False
+        for operand in event.operands:
+            static = static and operand.value.static
+            learned = learned or operand.value.learned
         for number, out in enumerate(event.outs):
             out.name = event.name if number == 0 else f"{event.name}:{number}"
-            out.event = event
-            out.static = bool(event.operands) and all(operand.value.static for operand in event.operands)
-            if not event.operands:
-                out.static = event.rule is not rules.opaque
-            out.learned = any(operand.value.learned for operand in event.operands)
+            out.event, out.static, out.learned = event, static, learned
         event.block.items.append(event.name)
         self.recording.events.append(event)
 
@@ -243,7 +249,8 @@ class Recorder(TorchFunctionMode):
             result = args[0]
         elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
             return result
-        tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
+        plain = isinstance(result, torch.Tensor)
+        tensors = [result] if plain else [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         if not tensors:
             return result
         if self.meta and not all(tensor.is_meta for tensor in tensors):
@@ -270,7 +277,7 @@ class Recorder(TorchFunctionMode):
         tensors: list[torch.Tensor],
     ) -> Event:
         block = self.nest.here(sys._getframe(2))
-        outs = [Value("", tuple(tensor.shape), str(tensor.dtype)[6:], "value") for tensor in tensors]
+        outs = [Value("", tuple(tensor.shape), _dtype(tensor.dtype), "value") for tensor in tensors]
         self.recording.values.extend(outs)
         event = Event(name, rule, template, named, operands, outs, block, self.nest.source())
         self._event(event)
@@ -358,6 +365,9 @@ class Recorder(TorchFunctionMode):
 
     def _numbers(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """The call's arguments with numbers for tensors; None where one has none."""
+        for item in args:  # most calls have such an operand: look no further
+            if isinstance(item, torch.Tensor) and self._known(item) is None:
+                return None
         writes = rules.in_place(name)
         tensors = 0
         for _, tensor in tensors_in((args, kwargs), torch.Tensor):

@@ -13,7 +13,7 @@ Every change is logged, so that a rule that fails half-way leaves nothing behind
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -61,14 +61,17 @@ def root(atom: Atom) -> Atom:
     return atom
 
 
-def leaves(atoms: Iterable[Atom]) -> Iterator[Atom]:
+def leaves(atoms: Iterable[Atom]) -> list[Atom]:
     """The atoms as they are known now: roots, with splits written out."""
+    found: list[Atom] = []
     for atom in atoms:
-        top = root(atom)
-        if top.factors:
-            yield from leaves(top.factors)
+        while atom.parent is not None:
+            atom = atom.parent
+        if atom.factors:
+            found += leaves(atom.factors)
         else:
-            yield top
+            found.append(atom)
+    return found
 
 
 def size_of(atoms: Iterable[Atom]) -> int:
