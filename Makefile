@@ -27,7 +27,7 @@ check: $(VENV)/installed $(VENV)/test-tools
 
 bench: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench $(ARGS)
 
 pictures: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python tests/pictures.py

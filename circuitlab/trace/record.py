@@ -25,6 +25,7 @@ from circuitlab.trace import compose, nest, rules
 from circuitlab.trace.build import build
 from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
 from circuitlab.trace.guard import copy_model, no_collection, random_state, to_meta
+from circuitlab.trace.shapes import quick
 
 _FACTORIES = frozenset(
     "zeros ones full empty arange range linspace logspace eye rand randn randint randperm tensor as_tensor "
@@ -349,10 +350,11 @@ class Recorder(TorchFunctionMode):
         Control flow over positions, masks and the like needs such numbers; they are small, and computed on the CPU.
         """
         numbers = self._numbers(name, args, kwargs)
+        known = quick(name, args, kwargs)
         if numbers is None:
-            return func(*args, **kwargs), None
+            return func(*args, **kwargs) if known is None else known, None
         try:
-            result = func(*args, **kwargs)
+            result = func(*args, **kwargs) if known is None else known
             if any(t.numel() > _LARGE for _, t in tensors_in(result, torch.Tensor)):
                 return result, None
             real = func(*numbers[0], **numbers[1])
