@@ -30,7 +30,7 @@ bench: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m tests.bench $(ARGS)
 
 pictures: $(VENV)/installed $(VENV)/test-tools
-	$(BIN)/python tests/pictures.py
+	$(BIN)/python -m tests.pictures
 
 clean:
 	rm -rf $(VENV) js/node_modules js/lib circuitlab/labextension circuitlab/widgets/static

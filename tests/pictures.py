@@ -5,21 +5,31 @@ from pathlib import Path
 import torch
 
 import circuitlab as cl
+from circuitlab.gallery.attention import MultiHeadAttention
 from circuitlab.gallery.gpt import GPT
+from circuitlab.gallery.resnet import IdentityBlock
+from circuitlab.gallery.unet import UNet
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 
 
 def pictures():
-    """Name -> SVG text."""
+    """File name -> SVG text."""
     gpt = cl.trace(GPT(), torch.zeros(2, 16, dtype=torch.long))
-    return {
-        "gpt": gpt.svg(depth=2, batch=False),
-        "attention": gpt["blocks.0.attention"].svg(depth=1, batch=False),
-    }
+    heads = cl.trace(MultiHeadAttention(), torch.zeros(2, 7, 64), torch.zeros(2, 5, 64))
+    block = cl.trace(IdentityBlock(16, 16).eval(), torch.zeros(2, 16, 32, 32))
+    unet = cl.trace(UNet(), torch.zeros(2, 1, 32, 32))
+    drawn = {}
+    for theme in ("light", "dark"):
+        drawn[f"gpt.{theme}.svg"] = gpt.svg(depth=2, batch=False, theme=theme)
+        drawn[f"gpt_open.{theme}.svg"] = gpt.svg(depth=3, batch=False, theme=theme)
+        drawn[f"multi_head.{theme}.svg"] = heads.svg(theme=theme, batch=False)
+        drawn[f"identity_block.{theme}.svg"] = block.svg(theme=theme)
+        drawn[f"unet.{theme}.svg"] = unet.svg(theme=theme, batch=False)
+    return drawn
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, text in pictures().items():
-        (FOLDER / f"{name}.svg").write_text(text)
+        (FOLDER / name).write_text(text)
