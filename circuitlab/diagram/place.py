@@ -136,6 +136,7 @@ def _beyond(band: Band, node: Node) -> Band:
 
 def _columns(drawing: Drawing) -> dict[int, int]:
     """Longest-path layers; a plate that needs what another makes stands to the right of all of that."""
+    around = {name: set(node.plates[:level]) for node in drawing.nodes for level, name in enumerate(node.plates)}
     upstream: dict[int, set[str]] = {}
     after: dict[str, set[str]] = {}
     for node in drawing.nodes:
@@ -144,7 +145,7 @@ def _columns(drawing: Drawing) -> dict[int, int]:
             reached |= upstream[id(band.source)] | set(band.source.plates)
         reached -= set(node.plates)
         for name in node.plates:
-            after.setdefault(name, set()).update(reached)
+            after.setdefault(name, set()).update(other for other in reached if name not in around[other])
     column: dict[int, int] = {}
     ends: dict[str, int] = {}
     for node in drawing.nodes:
