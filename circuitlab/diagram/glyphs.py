@@ -39,7 +39,7 @@ def node_width(node: Node, places: Places) -> float:
     if node.kind == "softmax":
         return max(58.0, curve)
     if node.kind == "norm":
-        return max(34.0, curve)
+        return max(34.0 if sum(len(node.acted(band)) for band in node.ins) < 2 else 62.0, curve)
     if node.kind == "embedding":
         return 30.0
     if node.kind == "conv":
@@ -219,11 +219,23 @@ def _softmax(pen: Pen, spot: Spot) -> None:
 
 
 def _norm(pen: Pen, spot: Spot) -> None:
-    x = spot.middle
-    _leads(pen, spot, x - 8, x + 8)
-    ys = spot.heights(spot.node.ins) or list(spot.all_heights[:1])
-    for y in ys:
-        pen.add(Mark("circle", "glyph", x=x, y=y, r=8.5, stroke="ink", fill="norm", width=1.6))
+    """A circle on the wire normalised over; where there are several, the others bend through it."""
+    node, x, r = spot.node, spot.middle, 8.5
+    acted = [(band, n) for band in node.ins for n in node.acted(band)]
+    kinds = {name: wire.kind for name, wire in pen.circuit.wires.items()}
+    home = next(((b, n) for b, n in acted if kinds[b.tracks[n].wires[0]] not in ("batch", "spatial", "position")), None)
+    centre = spot.track(*(home or acted[0])) if acted else spot.all_heights[0]
+    for bands, edge in ((node.ins, spot.left), (node.outs, spot.right)):
+        for band in bands:
+            for n in node.acted(band):
+                y = spot.track(band, n)
+                side = r if edge > x else -r
+                if abs(y - centre) < 1:
+                    pen.wire(band.tracks[n], sorted([(edge, y), (x + side, y)]))
+                else:
+                    at = (x + 0.4 * side, centre + (0.9 * r if y > centre else -0.9 * r))
+                    pen.wire(band.tracks[n], sorted([(edge, y), (x + 2.2 * side, y), at]))
+    pen.add(Mark("circle", "glyph", x=x, y=centre, r=r, stroke="ink", fill="norm", width=1.6))
 
 
 def _extent(spot: Spot, pad: float) -> tuple[float, float]:

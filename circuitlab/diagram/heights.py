@@ -259,7 +259,7 @@ class Heights:
                     continue
                 tracks = self.y[id(band), row]
                 if self.order[id(band)] > high:
-                    self._below(self.bottom[key], tracks[0], 22.0 if groups[key][0].kind == "block" else 14.0, 1)
+                    self._below(self.bottom[key], tracks[0], 24.0, 1)
                 elif self.order[id(band)] < low:
                     self._below(tracks[-1], self.top[key], 4.0, 1)
             for other, begin, end, its_low, _ in boxes:

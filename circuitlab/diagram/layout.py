@@ -290,20 +290,22 @@ class _Page:
                 self.pen.head(x1, y)
 
     def _tuples(self, row: _Row) -> None:
-        """A dashed line between arrays that one operation takes together."""
+        """A dashed line between arrays from where both are there to where one operation takes them together."""
         for node in self.drawing.nodes:
             end = self.column[id(node)]
-            if not row.first <= end <= row.last or len(node.ins) < 2 or node.kind == "merge":
+            if not row.first <= end <= row.last or len(node.ins) < 2:
                 continue
             bands = sorted(node.ins, key=lambda b: self._span(b, row)[0])
             for above, below in itertools.pairwise(bands):
                 older = above if self.column[id(above.source)] < self.column[id(below.source)] else below
-                begin = max(self.column[id(older.source)], row.first)
+                begin = self.column[id(older.source)]
+                x0 = self.right[begin] if begin >= row.first else self.left[row.first] - _LEAD
                 low, high = self._span(above, row)[1], self._span(below, row)[0]
                 if high - low >= 20:
                     y = low + 9.5 if older is above else high - 20.5
-                    self.pen.path(f"M{number(self.right[begin])} {number(y)}H{number(self.left[end])}", "dash",
-                                  dash=(7.0, 5.0), width=1.4)
+                    quiet = node.kind == "merge"
+                    self.pen.path(f"M{number(x0)} {number(y)}H{number(self.left[end])}", "dash",
+                                  stroke="quiet" if quiet else "ink", dash=(7.0, 5.0), width=1.0 if quiet else 1.4)
 
     # plates -------------------------------------------------------------------------------------------
 
