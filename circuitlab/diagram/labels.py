@@ -1,4 +1,4 @@
-"""Signs of wires in one drawing: a sign stands for one wire, so wires that would share one get subscripts."""
+"""Signs of wires in one drawing, where each sign stands for one wire, and titles of blocks."""
 
 from __future__ import annotations
 
@@ -45,3 +45,10 @@ def _others(wire: Wire) -> Iterable[str]:
         yield from (letter + BAR for letter in _LETTERS)
     for number in itertools.count(1 if wire.kind == "spatial" else 2):
         yield base + str(number).translate(_DIGITS)
+
+
+def block_title(name: str, title: str) -> str:
+    """A module's name in its parent (with the list's name before a number) and its class; a function's name."""
+    parts = name.rsplit("/", maxsplit=1)[-1].split("#", maxsplit=1)[0].split(".")
+    last = ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+    return title if last == title or "/" in name or not last else f"{last}: {title}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
+from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.metrics import width as text_width
 from circuitlab.diagram.notes import describe, notes_of, tinted
 from circuitlab.diagram.pen import Pen, number
@@ -336,7 +337,7 @@ class _Page:
         level = nodes[0].plates.index(name)
         self.pen.plates.append(Mark("rect", "plate", id=name, block=name, x=left, y=top, w=right - left, h=bottom - top,
                                     r=5, fill=f"plate{level % 5}", opacity=0.75))
-        title = _shortened(_plate_title(name, block.title), right - left - 8)
+        title = _shortened(block_title(name, block.title), right - left - 8)
         self.pen.plates.append(Mark("text", "title", block=name, x=left + 5, y=top + 13, text=title, font="title",
                                     size=11, anchor="start", fill="ink"))
         if count < 2:
@@ -355,13 +356,6 @@ def _shortened(title: str, room: float) -> str:
     while len(title) > 1 and text_width(title + "…", 11, "title") > room:
         title = title[:-1]
     return title + "…"
-
-
-def _plate_title(name: str, title: str) -> str:
-    """A module's name in its parent (with the list's name before a number) and its class; a function's name."""
-    parts = name.rsplit("/", maxsplit=1)[-1].split("#", maxsplit=1)[0].split(".")
-    last = ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
-    return title if last == title or "/" in name or not last else f"{last}: {title}"
 
 
 def _moved(mark: Mark, dy: float) -> Mark:

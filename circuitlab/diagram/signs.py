@@ -37,7 +37,7 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
     op = ops[0]
     pointlike = op.kind == "conv" and {a.role for a in op.axes} <= {"broadcast", "contracted", "created"}
     if op.kind == "linear" or pointlike:  # a 1x1 convolution is a linear map at each position
-        return Sign("linear", "L", _map_name(circuit, op), "+" if op.attrs.get("bias") else "")
+        return Sign("linear", "L", _map_name(circuit, op, block), "+" if op.attrs.get("bias") else "")
     if op.kind == "elementwise":
         return _elementwise(circuit, op, block, static)
     if op.kind == "reduce":
@@ -72,7 +72,7 @@ def part_of(sign: Sign, number: int, count: int) -> Sign:
     return Sign(sign.kind, sign.label, upper, sign.lower)
 
 
-def _map_name(circuit: Circuit, op: Op) -> str:
+def _map_name(circuit: Circuit, op: Op, block: Block | None) -> str:
     """Superscript of a learned map: by its wires where they tell (heads in: O; a sum of three heads out: QKV)."""
     kinds = {axis.role: set[str]() for axis in op.axes}
     for axis in op.axes:
@@ -84,6 +84,8 @@ def _map_name(circuit: Circuit, op: Op) -> str:
                 return "QKV"
     if "head_size" in kinds.get("contracted", ()):
         return "O"
+    if block is not None and block.kind == "module" and block.name:
+        return letter_of(f"{block.name}.weight")
     return letter_of(_parameter(circuit, op))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from circuitlab.circuit import Circuit
+from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.reduce import Band, Drawing, Node, Reducer
 
 _SILENT = {"input", "output", "copy", "route"}
@@ -46,7 +47,7 @@ def _table(circuit: Circuit, drawing: Drawing, rows: list[tuple[str, str, str]],
 
 def _heading(drawing: Drawing, name: str) -> str:
     block, count = drawing.plates[name]
-    return f"{name.rsplit('/', maxsplit=1)[-1]} ({block.title})" + (f" × {count}" if count > 1 else "")
+    return block_title(name, block.title) + (f" × {count}" if count > 1 else "")
 
 
 def _label(node: Node) -> str:

@@ -80,6 +80,7 @@ export class Diagram {
 
   /** Draw a scene; the view is kept if it is the same block drawn anew. */
   show(scene: Scene): void {
+    this.tip.hidden = true;
     const fresh = this.scene?.block !== scene.block;
     const zoomed = this.scene !== undefined && this.seen.w < this.scene.width - 1;
     this.scene = scene;
@@ -359,8 +360,8 @@ export class Diagram {
 
   private hover(event: PointerEvent): void {
     const element = this.pointed(event);
-    const { wire, op, block } = element?.dataset ?? {};
-    const lines = this.scene?.notes[wire || op || block || ""];
+    const { wire, op, block, role } = element?.dataset ?? {};
+    const lines = role === "plate" ? undefined : this.scene?.notes[wire || op || block || ""];
     this.tip.hidden = !lines;
     if (!lines) return;
     this.tip.replaceChildren(

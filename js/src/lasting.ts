@@ -35,7 +35,7 @@ export function showDocument(root: HTMLElement, data: unknown): Diagram | undefi
       if (path.length < 2) return;
       const step = make("button", "", crumbs);
       step.type = "button";
-      step.textContent = `${level ? "› " : ""}${name.split(/[./]/).at(-1) || found.scenes[name]?.title || name}`;
+      step.textContent = `${level ? "› " : ""}${shortName(name) || found.scenes[name]?.title || name}`;
       step.title = name || (found.scenes[name]?.title ?? "");
       step.addEventListener("click", () => {
         path.length = level + 1;
@@ -45,4 +45,10 @@ export function showDocument(root: HTMLElement, data: unknown): Diagram | undefi
   };
   go();
   return diagram;
+}
+
+/** A block's own name, with the list's name before a number. */
+function shortName(name: string): string {
+  const parts = name.split("/").at(-1)?.split(".") ?? [];
+  return /^\d/.test(parts.at(-1) ?? "") ? parts.slice(-2).join(".") : (parts.at(-1) ?? "");
 }

@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 import circuitlab as cl
 from circuitlab.gallery.llama import Llama
+from tests.bench.browser import frames
+from tests.ui.conftest import FLAGS
 
 ROWS = []
 
@@ -87,6 +90,8 @@ def largest():
     code = """
 import resource, torch, circuitlab as cl
 from circuitlab.gallery.llama import Llama
+from tests.bench.browser import frames
+from tests.ui.conftest import FLAGS
 with torch.device("meta"):
     model = Llama(128256, 16384, 128, 8, 126).eval()
 tokens = torch.zeros(1, 128, dtype=torch.long, device="meta")
@@ -109,8 +114,18 @@ def unfolding():
     row("unfold a block in the widget, in the kernel", f"{best(twice) / 2 * 1000:.0f} ms", "< 150 ms")
 
 
+def frame_times():
+    browser = shutil.which("chromium")
+    if browser is None:
+        print("chromium is not installed")
+        return
+    found = frames(browser, FLAGS)
+    row(f"mean frame, {found['marks']} marks, software rendering: pan / zoom",
+        f"{found['pan']:.0f} / {found['zoom']:.0f} ms", "smooth")
+
+
 if __name__ == "__main__":
-    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding):
+    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times):
         run()
     if "--write" in sys.argv:
         lines = ["# Benchmarks", "", "Written by `make bench ARGS=--write`; each is a ratio or a bound within one run.", "",
