@@ -188,7 +188,7 @@ def test_laws_of_wires_on_random_programs(data):
             assert product == size
     report = circuit.verify(model, x)
     assert report.ok, report
-    assert circuit.opaque == ()
+    assert all(op.fn in ("unflatten", "flatten") for op in circuit.opaque)  # reshapes that cut across wires
     assert type(circuit).from_json(circuit.to_json()) == circuit
 
 

@@ -276,8 +276,11 @@ def _elementwise(pen: Pen, spot: Spot) -> None:
     if node.kind == "mask":
         top = y - 26
         pen.add(Mark("rect", "glyph", x=x - 7, y=top, w=14, h=14, stroke="ink", fill="paper", width=1))
-        pen.path(f"M{number(x - 7)} {number(top)}L{number(x + 7)} {number(top + 14)}H{number(x - 7)}Z", "glyph",
-                 stroke="", fill="quiet", width=0)
+        if node.label == "causal":  # the lower triangle is seen
+            pen.path(f"M{number(x - 7)} {number(top)}L{number(x + 7)} {number(top + 14)}H{number(x - 7)}Z", "glyph",
+                     stroke="", fill="quiet", width=0)
+        else:
+            pen.text(x, top + 11, "m", font="label", size=11)
         return
     half = width(node.label, 12, "title") / 2
     pen.text(x, y - 10, node.label, size=12, font="title")

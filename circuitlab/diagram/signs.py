@@ -127,14 +127,12 @@ def _elementwise(circuit: Circuit, op: Op, block: Block | None, static: frozense
         return Sign("merge", _GREEK.get(op.fn, op.fn))
     constants = [name for name in op.inputs if name in static]
     if constants:
-        tensor = circuit.tensor(constants[-1])
-        source = _learned_source(circuit, constants[-1])
-        if source:
-            return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {source}")
-        if not tensor.shape:
-            return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} const")
-        if op.fn in ("masked_fill", "where") or tensor.dtype == "bool" or op.fn == "add":
-            return Sign("mask", "mask")
+        made = _history(circuit, constants[-1])
+        functions = {step.fn for step in made}
+        if op.fn in ("masked_fill", "where") or (op.fn == "add" and functions & {"masked_fill", "where", "tril", "triu"}):
+            return Sign("mask", "causal" if _is_causal(circuit, made) else "mask")
+        source = _source(circuit, constants[-1], made)
+        return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {source or 'const'}")
     if block is not None and block.kind == "module" and op.fn not in ("mul", "add", "sub", "div"):
         return Sign("elementwise", _name(block))
     scalar = op.attrs.get("scalar")
@@ -143,17 +141,32 @@ def _elementwise(circuit: Circuit, op: Op, block: Block | None, static: frozense
     return Sign("elementwise", _GREEK.get(op.fn, op.fn))
 
 
-def _learned_source(circuit: Circuit, name: str) -> str:
-    """Name of the module or parameter that a static array comes from, "" if no parameter is in it."""
-    pending, count = [name], 0
-    while pending and count < 64:
-        count += 1
-        tensor = circuit.tensor(pending.pop())
-        if tensor.kind == "parameter":
-            path = [p for p in tensor.name.split(".") if not p.isdigit()]
-            return path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1]
-        if tensor.op:
+def _history(circuit: Circuit, name: str) -> list[Op]:
+    """The ops that a static array comes from, the last one first; of very long histories the end."""
+    pending, found = [name], dict[str, Op]()
+    while pending and len(found) < 64:
+        tensor = circuit.tensor(pending.pop(0))
+        if tensor.op and tensor.op not in found:
+            found[tensor.op] = circuit.op(tensor.op)
             pending.extend(circuit.op(tensor.op).inputs)
+    return list(found.values())
+
+
+def _is_causal(circuit: Circuit, made: list[Op]) -> bool:
+    """A triangle, or a comparison of positions with positions."""
+    if any(step.fn in ("tril", "triu") for step in made):
+        return True
+    return any(step.fn in ("le", "lt", "ge", "gt") and len(step.inputs) == 2 for step in made)
+
+
+def _source(circuit: Circuit, name: str, made: list[Op]) -> str:
+    """Name of the parameter or buffer that a static array comes from, or of its module; "" if there is none."""
+    held = [name, *(read for step in made for read in step.inputs)]
+    for kind in ("parameter", "buffer"):
+        for each in held:
+            if circuit.tensor(each).kind == kind:
+                path = [p for p in each.split(".") if not p.isdigit()]
+                return path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1]
     return ""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import circuitlab as cl
-from circuitlab.gallery.resnet import IdentityResNet
+from circuitlab.gallery.resnet import IdentityBlock
 
 WIDGET = Path(cl.__file__).parent / "widgets" / "static" / "widget.js"
 
@@ -46,8 +46,8 @@ def frames(executable, flags):
     """Mean frame times in ms while panning and zooming a drawing of about 5,000 marks."""
     from playwright.sync_api import sync_playwright
 
-    model = IdentityResNet(tuple(range(8, 26)), 2).eval()
-    scene = cl.trace(model, torch.zeros(1, 3, 512, 512), device="meta").view(depth=2).scene
+    model = torch.nn.Sequential(*(IdentityBlock(width, width + 1) for width in range(8, 60))).eval()
+    scene = cl.trace(model, torch.zeros(1, 8, 16, 16)).view(depth=2).scene
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, headless=True, args=flags)
         page = browser.new_page(viewport={"width": 1200, "height": 800})
