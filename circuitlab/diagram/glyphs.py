@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 from circuitlab.diagram.metrics import width
@@ -119,9 +118,14 @@ def _terminal(pen: Pen, spot: Spot) -> None:
 
 
 def _passing(pen: Pen, spot: Spot) -> None:
+    """Wires that go through, with a dot where an index is shared and kept."""
+    met: set[tuple[int, int]] = set()
     for a, i, b, o in spot.node.passes:
         y0, y1 = spot.track(a, i), spot.track(b, o)
         pen.wire(b.tracks[o], [(spot.left, y0), (spot.right, y1)])
+        if (id(b), o) in met and spot.node.kind not in ("copy", "merge"):
+            pen.dot(spot.right, y1, b.tracks[o])
+        met.add((id(b), o))
 
 
 def _leads(pen: Pen, spot: Spot, left: float, right: float) -> None:
@@ -199,13 +203,18 @@ def _arc_width(node: Node) -> float:
 
 
 def _free_height(spot: Spot, y0: float, y1: float) -> float:
-    """A height between two, in the largest gap between the wires that pass, near the middle."""
+    """A height between two, in a large gap between the wires that pass there, near the middle."""
     middle = (y0 + y1) / 2
-    edges = [y0, *sorted({y for a, i, _, _ in spot.node.passes if y0 < (y := spot.track(a, i)) < y1}), y1]
-    return max(
-        ((low + high) / 2 for low, high in itertools.pairwise(edges)),
-        key=lambda y: min(abs(y - edge) for edge in edges) - 0.3 * abs(y - middle),
-    )
+    taken = sorted(sorted((spot.track(a, i), spot.track(b, o))) for a, i, b, o in spot.node.passes)
+    gaps: list[tuple[float, float]] = []
+    at = y0
+    for low, high in taken:
+        if low < y1 and high > y0:
+            gaps.append((at, max(at, low)))
+            at = max(at, high)
+    gaps.append((at, max(at, y1)))
+    low, high = max(gaps, key=lambda gap: (gap[1] - gap[0]) / 2 - 0.3 * abs(sum(gap) / 2 - middle))
+    return (low + high) / 2
 
 
 def _softmax(pen: Pen, spot: Spot) -> None:

@@ -30,7 +30,7 @@ def labels(wires: Mapping[str, Wire], shown: Iterable[tuple[str, ...]]) -> dict[
         if name in found:
             continue
         wire = wires[name]
-        sign = wire.label
+        sign = wire.label if wire.kind == "channel" else _base(wire)
         if sign in taken:
             sign = next(other for other in _others(wire) if other not in taken)
         taken.add(sign)
@@ -39,8 +39,12 @@ def labels(wires: Mapping[str, Wire], shown: Iterable[tuple[str, ...]]) -> dict[
     return found
 
 
+def _base(wire: Wire) -> str:
+    return wire.label.rstrip("₀₁₂₃₄₅₆₇₈₉") or wire.label
+
+
 def _others(wire: Wire) -> Iterable[str]:
-    base = wire.label.rstrip("₀₁₂₃₄₅₆₇₈₉")
+    base = _base(wire)
     if wire.kind == "position":
         yield from (letter + BAR for letter in _LETTERS)
     for number in itertools.count(1 if wire.kind == "spatial" else 2):

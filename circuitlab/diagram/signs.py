@@ -57,7 +57,7 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
         return Sign("softmax", "SoftMax" if op.fn == "softmax" else op.fn)
     if op.kind in _KINDS:
         return Sign(_KINDS[op.kind], op.fn if op.kind == "opaque" else "")
-    return Sign("box", "index" if op.fn == "getitem" else op.fn)
+    return Sign("box", {"getitem": "index", "setitem": "assign"}.get(op.fn, op.fn))
 
 
 def part_of(sign: Sign, number: int, count: int) -> Sign:
@@ -154,7 +154,7 @@ def _history(circuit: Circuit, name: str) -> list[Op]:
 
 def _is_causal(circuit: Circuit, made: list[Op]) -> bool:
     """A triangle, or a comparison of positions with positions."""
-    if any(step.fn in ("tril", "triu") for step in made):
+    if len({step.fn for step in made} & {"tril", "triu"}) == 1:
         return True
     return any(step.fn in ("le", "lt", "ge", "gt") and len(step.inputs) == 2 for step in made)
 
