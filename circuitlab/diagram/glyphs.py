@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from circuitlab.diagram.drawing import Band, Node
 from circuitlab.diagram.metrics import width
 from circuitlab.diagram.pen import Pen, number
 from circuitlab.diagram.place import Places
-from circuitlab.diagram.reduce import Band, Node
 from circuitlab.diagram.scene import Mark
 
 _FLOATING = {"elementwise", "mask"}

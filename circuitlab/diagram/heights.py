@@ -15,7 +15,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from circuitlab.diagram.reduce import Band, Drawing, Node
+from circuitlab.diagram.drawing import Band, Drawing, Node
 
 Box = tuple[int | str, int]
 """(id of a node or name of a plate, row)."""

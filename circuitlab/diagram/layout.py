@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from circuitlab.circuit import Circuit
+from circuitlab.diagram.drawing import Band, Drawing, Node
 from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
 from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.metrics import width as text_width
 from circuitlab.diagram.notes import describe, notes_of, tinted
 from circuitlab.diagram.pen import Pen, number
 from circuitlab.diagram.place import Places, place
-from circuitlab.diagram.reduce import Band, Drawing, Node, Reducer
+from circuitlab.diagram.reduce import Reducer
 from circuitlab.diagram.scene import Mark, Scene
 from circuitlab.errors import InputError
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from circuitlab.circuit import Circuit
-from circuitlab.diagram.reduce import Drawing
+from circuitlab.diagram.drawing import Drawing
 from circuitlab.diagram.scene import Mark
 from circuitlab.errors import InputError
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from circuitlab.circuit import Circuit
+from circuitlab.diagram.drawing import Track
 from circuitlab.diagram.labels import BAR
 from circuitlab.diagram.metrics import width
-from circuitlab.diagram.reduce import Track
 from circuitlab.diagram.scene import Mark
 
 _SUBSCRIPTS = {chr(0x2080 + digit): str(digit) for digit in range(10)}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
+from circuitlab.diagram.drawing import Band, Drawing, Node
 from circuitlab.diagram.heights import Box, Heights
-from circuitlab.diagram.reduce import Band, Drawing, Node
 
 _FREE = {"copy", "merge", "elementwise", "mask", "input", "output", "route"}
 """Nodes that wires may run through: they bend and cross there, or the glyph floats above."""

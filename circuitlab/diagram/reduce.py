@@ -1,91 +1,19 @@
 """Circuit -> what is drawn: reindexing gone, chains one glyph, repeats once, constants out of sight.
 
-The result is a `Drawing`: nodes in the order they ran, joined by bands. A band is one array on its way from the node
-that made it to one node that reads it; its tracks are the wires of the array. Which tracks pass a node and which end
-at it is read off the ops' axes: nothing here guesses.
+The result is a `Drawing`: nodes in the order they ran, joined by bands. Which tracks pass a node and which end at it is
+read off the ops' axes: nothing here guesses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from circuitlab.circuit import Axis, Block, Circuit, Op
+from circuitlab.diagram.drawing import Band, Drawing, Node, Occurrence, Track
 from circuitlab.diagram.labels import labels
 from circuitlab.diagram.repeats import fold_repeats
 from circuitlab.diagram.signs import part_of, sign_of
-
-Occurrence = tuple[str, int, int]
-"""(tensor, dimension, factor)."""
-
-
-@dataclass(frozen=True)
-class Track:
-    """A line of a band: one occurrence of a wire, or two that are drawn as one (height and width)."""
-
-    wires: tuple[str, ...]
-    places: tuple[Occurrence, ...]
-
-
-@dataclass(eq=False)
-class Band:
-    """An array between two nodes."""
-
-    tensor: str
-    tracks: list[Track]
-    source: Node
-    target: Node
-    main: bool = True
-
-
-@dataclass(eq=False)
-class Node:
-    """A glyph to be drawn.
-
-    Attributes:
-        kind: "input", "output", "copy", "linear", "contract", "elementwise", "merge" (two arrays into one, entry by
-            entry), "mask", "softmax", "norm", "reduce", "conv", "pool", "embedding", "index", "bar" (split, cat),
-            "box", "opaque" or "block".
-        label: its text. upper, lower: its superscript and subscript; of an input or output, upper is its name as it is
-            drawn: "" where there is only one.
-        op, block: names of what it stands for. plates: names of the unfolded blocks around it, outermost first.
-        ins, outs: bands, from top to bottom.
-        passes: (in-band, track, out-band, track) that go through untouched.
-        pairs: ((band, track), (band, track)) that are contracted with each other.
-        count: how often it is repeated.
-    """
-
-    kind: str
-    label: str = ""
-    upper: str = ""
-    lower: str = ""
-    op: str = ""
-    block: str = ""
-    plates: tuple[str, ...] = ()
-    ins: list[Band] = field(default_factory=list[Band])
-    outs: list[Band] = field(default_factory=list[Band])
-    passes: list[tuple[Band, int, Band, int]] = field(default_factory=list["tuple[Band, int, Band, int]"])
-    pairs: list[tuple[tuple[Band, int], tuple[Band, int]]] = field(
-        default_factory=list["tuple[tuple[Band, int], tuple[Band, int]]"]
-    )
-    count: int = 1
-
-    def acted(self, band: Band) -> list[int]:
-        """Numbers of the tracks of an in- or out-band that end or begin here."""
-        passing = {track for a, track, _, _ in self.passes if a is band}
-        passing |= {track for _, _, b, track in self.passes if b is band}
-        return [number for number in range(len(band.tracks)) if number not in passing]
-
-
-@dataclass
-class Drawing:
-    """Nodes in order, bands, and the plates (unfolded blocks) with how often each is repeated, and the signs of wires."""
-
-    nodes: list[Node]
-    bands: list[Band]
-    plates: dict[str, tuple[Block, int]]
-    foldable: dict[str, str]
-    signs: dict[str, str]
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from circuitlab.circuit import Circuit
+from circuitlab.diagram.drawing import Band, Drawing, Node
 from circuitlab.diagram.labels import block_title
-from circuitlab.diagram.reduce import Band, Drawing, Node, Reducer
+from circuitlab.diagram.reduce import Reducer
 
 _SILENT = {"input", "output", "copy", "route"}
 

@@ -20,7 +20,8 @@ from circuitlab.circuit import PASSING_ROLES, Circuit, Op, Place
 from circuitlab.errors import InputError, VerificationError
 from circuitlab.trace.events import Event, tensors_in
 from circuitlab.trace.guard import random_state
-from circuitlab.trace.record import Recorder, RunError, record
+from circuitlab.trace.record import RunError, record
+from circuitlab.trace.watch import Recorder
 
 _TESTED = PASSING_ROLES | {"contracted", "reduced", "normalised", "created"}
 

@@ -1,0 +1,508 @@
+"""The watcher: every torch function of a run becomes an event in single-assignment form.
+
+Torch functions are seen by a `TorchFunctionMode`, at the level that the author wrote (``linear``, ``softmax``,
+``Tensor.view``), and modules by global hooks. Composite functions written in Python are entered. In-place operations,
+writes through views and ``out=`` become new values: everything after is single-assignment.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from circuitlab.trace import compose, nest, rules
+from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
+from circuitlab.trace.guard import to_meta
+from circuitlab.trace.shapes import quick
+
+_FACTORIES = frozenset(
+    "zeros ones full empty arange range linspace logspace eye rand randn randint randperm tensor as_tensor "
+    "scalar_tensor tril_indices triu_indices hann_window hamming_window bartlett_window blackman_window kaiser_window "
+    "empty_strided new_tensor new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like "
+    "rand_like randn_like randint_like normal complex sparse_coo_tensor".split()
+)
+_VIEWS = frozenset(
+    "view reshape flatten unflatten transpose permute getitem select narrow split chunk unbind diagonal expand "
+    "squeeze unsqueeze detach data real imag view_as_real view_as_complex unfold T mT H mH contiguous to float double "
+    "half bfloat16 int long bool type alias swapaxes swapdims movedim moveaxis t as_strided ravel adjoint broadcast_to "
+    "expand_as view_as reshape_as tensor_split hsplit vsplit dsplit positive split_with_sizes unsafe_split "
+    "unsafe_chunk atleast_1d atleast_2d atleast_3d broadcast_tensors squeeze_ unsqueeze_ transpose_ t_ swapaxes_ "
+    "detach_ type_as cpu cuda requires_grad_ conj pixel_shuffle".split()
+)
+_BY_SHAPE = {
+    "view_as": (torch.Tensor.view, lambda other: tuple(other.shape)),
+    "reshape_as": (torch.Tensor.reshape, lambda other: tuple(other.shape)),
+    "expand_as": (torch.Tensor.expand, lambda other: tuple(other.shape)),
+    "type_as": (torch.Tensor.to, lambda other: other.dtype),
+}
+"""Functions whose other operand gives its shape or type and nothing else -> what they are without it."""
+
+LARGE = 1 << 20
+"""Numbers of more entries than this are not computed in a meta run."""
+_KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
+
+
+@functools.cache
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype)[6:]
+
+
+class _Entry:
+    """What is known of one live tensor object: its value now, what it is a view of, and on meta, where it depends on
+    no input and no parameter, its numbers."""
+
+    __slots__ = ("number", "parent", "real", "ref", "seen", "value", "version", "view")
+
+    def __init__(self, ref: Any, value: Value) -> None:
+        self.ref = ref
+        self.value = value
+        self.version = 0
+        self.parent: _Entry | None = None
+        self.view: Event | None = None
+        self.number = 0
+        self.seen = 0
+        self.real: torch.Tensor | None = None
+
+
+class Recorder(TorchFunctionMode):
+    """Sees every torch function of a run."""
+
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        *,
+        meta: bool,
+        device: torch.device,
+        constants: dict[int, str],
+        real: dict[int, torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.real = real
+        self.meta = meta
+        self.device = device
+        self.module_names = {id(module): name for name, module in root.named_modules()}
+        title = type(root).__name__
+        block = nest.Building("", title, "root", nest.class_source(type(root)))
+        self.nest = nest.Nesting(block, nest.package_of(type(root)))
+        self.recording = Recording(block, device="meta" if meta else "live")
+        self.entries: dict[int, _Entry] = {}
+        self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.constants = constants
+        self.state: dict[int, tuple[str, str]] = {}
+        for kind, named in (("buffer", root.named_buffers()), ("parameter", root.named_parameters())):
+            for name, tensor in named:
+                self.state[id(tensor)] = (name, kind)
+        self.names: set[str] = set()
+        self.depth = 0
+        self.thread = threading.get_ident()
+        self.failure: tuple[BaseException, str] | None = None
+
+    # values -------------------------------------------------------------------------------------------
+
+    def add(self, tensor: torch.Tensor, name: str, kind: str) -> Value:
+        """A new value that this tensor object holds from now on."""
+        value = Value(name, tuple(tensor.shape), str(tensor.dtype)[6:], kind)
+        self.recording.values.append(value)
+        self._bind(tensor, value)
+        return value
+
+    def _bind(self, tensor: torch.Tensor, value: Value) -> _Entry:
+        key = id(tensor)
+        entry = _Entry(weakref.ref(tensor, lambda _, key=key: self.entries.pop(key, None)), value)
+        self.entries[key] = entry
+        return entry
+
+    def entry(self, tensor: torch.Tensor) -> _Entry:
+        """The entry of a tensor object, made now if it was never seen: a parameter, a buffer, a constant."""
+        entry = self.entries.get(id(tensor))
+        if entry is None or entry.ref() is not tensor:
+            name, kind = self.state.get(id(tensor), ("", ""))
+            if not kind and id(tensor) in self.constants:
+                name, kind = self.constants[id(tensor)], "constant"
+            if kind:
+                self.add(tensor, self._name(name), kind)
+            else:
+                self._untracked(tensor)
+            entry = self.entries[id(tensor)]
+        self._refresh(entry)
+        return entry
+
+    def _name(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self.names:
+            count += 1
+            unique = f"{name}_{count}"
+        self.names.add(unique)
+        return unique
+
+    def _untracked(self, tensor: torch.Tensor) -> None:
+        """A tensor from where we cannot see (NumPy, a compiled kernel, a global): an opaque op without operands."""
+        block = self.nest.here(sys._getframe(1))
+        value = self.add(tensor, "", "value")
+        self._event(Event("untracked", rules.opaque, (), {}, [], [value], block, self.nest.source()))
+
+    def _event(self, event: Event) -> None:
+        count = event.block.counts[event.fn] = event.block.counts.get(event.fn, 0) + 1
+        name = f"{event.block.name}.{event.fn}" if event.block.name else event.fn
+        event.name = self._name(name if count == 1 else f"{name}_{count}")
+        static, learned = bool(event.operands) or event.rule is not rules.opaque, False
+        for operand in event.operands:
+            static = static and operand.value.static
+            learned = learned or operand.value.learned
+        for number, out in enumerate(event.outs):
+            out.name = event.name if number == 0 else f"{event.name}:{number}"
+            out.event, out.static, out.learned = event, static, learned
+        event.block.items.append(event.name)
+        self.recording.events.append(event)
+
+    # views and writes ---------------------------------------------------------------------------------
+
+    def _refresh(self, entry: _Entry) -> None:
+        """Read a view anew if what it is a view of was written to since."""
+        parent, view = entry.parent, entry.view
+        if parent is None or view is None:
+            return
+        self._refresh(parent)
+        if entry.seen == parent.version:
+            return
+        entry.view = self._replay(view, parent.value)
+        entry.value = entry.view.outs[entry.number]
+        entry.real = None
+        entry.seen = parent.version
+        entry.version += 1
+
+    def _replay(self, view: Event, base: Value) -> Event:
+        """The same view of another value."""
+        swap = {operand.slot: Operand(operand.slot, operand.value) for operand in view.operands}
+        swap[0] = Operand(0, base)
+        args, kwargs = _swap(view.args, swap), _swap(view.kwargs, swap)
+        outs = [Value("", out.shape, out.dtype, "value") for out in view.outs]
+        self.recording.values.extend(outs)
+        operands = [swap[slot] for slot in sorted(swap)]
+        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source)
+        self._event(event)
+        return event
+
+    def _written(self, entry: _Entry, block: nest.Building) -> None:
+        """A tensor object was written to: whatever it is a view of changes with it."""
+        entry.version += 1
+        parent = entry.parent
+        if parent is None:
+            return
+        out = Value("", parent.value.shape, parent.value.dtype, "value")
+        self.recording.values.append(out)
+        operands = [Operand(0, parent.value), Operand(1, entry.value)]
+        self._event(
+            Event("write", rules.write, (entry.view, *operands), {}, operands, [out], block, self.nest.source())
+        )
+        parent.value = out
+        parent.real = None
+        self._written(parent, block)
+        entry.seen = parent.version
+
+    # the run ------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        plan = _plans.get(func)
+        if plan is None:
+            plan = _plans[func] = _plan(func)
+        name, rule, replacement = plan
+        if name in _BY_SHAPE:  # the other operand gives its shape and nothing else
+            function, needed = _BY_SHAPE[name]
+            other = (args[1:] or (*kwargs.values(),))[0]
+            return self.__torch_function__(function, types, (args[0], needed(other)))
+        if replacement is not None:
+            return self._composite(name, replacement, args, kwargs)
+        if name == "device" and self.meta:
+            return self.device
+        operands: list[Operand] = []
+        if self.meta:
+            if name in ("cuda", "cpu"):
+                return args[0]
+            args, kwargs = self._metaise(name, args, kwargs)
+        if name == "data=":
+            self.entry(args[0]).value = self.entry(args[1]).value
+            return func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        template = self._template(args, operands)
+        named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else {}
+        real: list[torch.Tensor] | None = None
+        before: Any = None
+        if self.meta:
+            result, real = self._on_meta(name, func, args, kwargs)
+        else:
+            before, result = self.call(name, func, args, kwargs)
+        if name == "setitem":
+            result = args[0]
+        elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
+            return result
+        plain = isinstance(result, torch.Tensor)
+        tensors = [result] if plain else [tensor for _, tensor in tensors_in(result, torch.Tensor)]
+        if not tensors:
+            return result
+        if self.meta and not all(tensor.is_meta for tensor in tensors):
+            result = _map(result, self._twin)
+            tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
+        if name in _KEEPS_PLACE:
+            return result
+        event = self._record(name, rule, template, named, operands, args, kwargs, tensors)
+        self.after(event, func, before, tensors)
+        if real is not None and len(real) == len(tensors):
+            for tensor, number in zip(tensors, real, strict=True):
+                self.entries[id(tensor)].real = number if number.shape == tensor.shape else None
+        return result if name != "setitem" else None
+
+    def _record(
+        self,
+        name: str,
+        rule: Any,
+        template: tuple[Any, ...],
+        named: dict[str, Any],
+        operands: list[Operand],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+    ) -> Event:
+        block = self.nest.here(sys._getframe(2))
+        outs = [Value("", tuple(tensor.shape), _dtype(tensor.dtype), "value") for tensor in tensors]
+        self.recording.values.extend(outs)
+        event = Event(name, rule, template, named, operands, outs, block, self.nest.source())
+        self._event(event)
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        for number, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
+            known = self.entries.get(id(tensor))
+            if known is not None and known.ref() is tensor:
+                known.value = out
+                known.real = None
+                if kwargs.get("out") is not None or (rules.in_place(name) and tensor is first and name not in _VIEWS):
+                    self._written(known, block)
+                continue
+            entry = self._bind(tensor, out)
+            if first is not None and name in _VIEWS and _same_memory(tensor, first):
+                entry.parent = self.entries.get(id(first))
+                entry.view = event
+                entry.number = number
+                entry.seen = entry.parent.version if entry.parent else 0
+        return event
+
+    def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Run the function; what `after` shall know of its arguments, and its result."""
+        return None, func(*args, **kwargs)
+
+    def after(self, event: Event, func: Any, before: Any, results: list[torch.Tensor]) -> None:
+        """A function has run and was recorded."""
+
+    def _composite(self, name: str, replacement: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        self.nest.enter(self._inside(name), name, "function", "torch", "", sys._getframe(1))
+        try:
+            with self:
+                return replacement(*args, **kwargs)
+        finally:
+            self.nest.leave()
+
+    def _inside(self, name: str) -> str:
+        here = self.nest.levels[-1].block.name
+        return f"{here}/{name}" if here else f"/{name}"
+
+    def _template(self, value: Any, operands: list[Operand]) -> Any:
+        """The same structure with an `Operand` for each tensor."""
+        if isinstance(value, torch.Tensor):
+            operand = Operand(len(operands), self.entry(value).value)
+            operands.append(operand)
+            return operand
+        if type(value) in (tuple, list, torch.Size):
+            return type(value)(self._template(item, operands) for item in value) if value else value
+        if type(value) is dict:
+            return {key: self._template(item, operands) for key, item in value.items()}
+        if type(value) is slice and any(isinstance(v, torch.Tensor) for v in (value.start, value.stop, value.step)):
+            return slice(*(self._template(v, operands) for v in (value.start, value.stop, value.step)))
+        return value
+
+    # meta ---------------------------------------------------------------------------------------------
+
+    def _metaise(self, name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if any(isinstance(a, torch.Tensor) and not a.is_meta or isinstance(a, (tuple, list)) for a in args) or kwargs:
+            args = tuple(_map(a, self._twin) for a in args)
+            kwargs = {key: _map(item, self._twin) for key, item in kwargs.items()}
+        if name in _FACTORIES or (kwargs and kwargs.get("device") is not None):
+            kwargs = {**kwargs, "device": "meta"}
+        elif name == "to":
+            args = tuple("meta" if isinstance(a, torch.device) or _is_device(a) else a for a in args)
+        return args, kwargs
+
+    def _on_meta(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor] | None]:
+        """The call on meta tensors, and its numbers where it depends on no input and no parameter.
+
+        Control flow over positions, masks and the like needs such numbers; they are small, and computed on the CPU.
+        """
+        numbers = self._numbers(name, args, kwargs)
+        known = quick(name, args, kwargs)
+        if numbers is None:
+            return func(*args, **kwargs) if known is None else known, None
+        try:
+            result = func(*args, **kwargs) if known is None else known
+            if any(t.numel() > LARGE for _, t in tensors_in(result, torch.Tensor)):
+                return result, None
+            real = func(*numbers[0], **numbers[1])
+        except (RuntimeError, NotImplementedError):
+            real = func(*numbers[0], **numbers[1])
+            result = _map(real, to_meta)
+        if name == "setitem":
+            return None, [numbers[0][0]]
+        return result, [tensor for _, tensor in tensors_in(real, torch.Tensor)]
+
+    def _numbers(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """The call's arguments with numbers for tensors; None where one has none."""
+        for item in args:  # most calls have such an operand: look no further
+            if isinstance(item, torch.Tensor) and self._known(item) is None:
+                return None
+        writes = rules.in_place(name)
+        tensors = 0
+        for _, tensor in tensors_in((args, kwargs), torch.Tensor):
+            tensors += 1
+            if self._known(tensor) is None:
+                return None
+        if not tensors and (name not in _FACTORIES or name.startswith(("rand", "normal", "empty"))):
+            return None
+
+        def number(tensor: torch.Tensor) -> torch.Tensor:
+            known = self._known(tensor)
+            assert known is not None
+            return known.clone() if writes and tensor is args[0] else known
+
+        numbers = _map(tuple(args), number), _map(dict(kwargs), number)
+        if numbers[1].get("device") is not None:
+            numbers[1]["device"] = "cpu"
+        if name == "to":
+            numbers = tuple("cpu" if isinstance(a, str) and a == "meta" else a for a in numbers[0]), numbers[1]
+        return numbers
+
+    def _known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        entry = self.entries.get(id(tensor))
+        if entry is not None and entry.ref() is tensor:
+            self._refresh(entry)
+            return entry.real
+        known = self.real.get(id(tensor))
+        if known is not None:
+            self.entry(tensor).real = known
+        return known
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor
+        known = self.twins.get(id(tensor))
+        if known is None:
+            twin = to_meta(tensor)
+            known = self.twins[id(tensor)] = (tensor, twin)
+            if tensor.numel() <= LARGE and tensor.device.type == "cpu":
+                self.real[id(twin)] = tensor
+            if id(tensor) in self.entries:
+                self._bind(twin, self.entries[id(tensor)].value)
+            elif id(tensor) in self.constants:
+                self.constants[id(twin)] = self.constants[id(tensor)]
+            elif tensor.numel() == 1 and tensor.dim() == 0:
+                # a number in tensor's clothing has no axes to be wrong about
+                self.add(twin, self._name("number"), "constant")
+        return known[1]
+
+    # modules ------------------------------------------------------------------------------------------
+
+    def module_begins(self, module: torch.nn.Module, args: Any) -> None:
+        """Global hook before a module's forward."""
+        name = self.module_names.get(id(module))
+        if name is None:
+            name = self._inside(type(module).__name__)
+        if threading.get_ident() != self.thread:
+            return
+        self.depth += 1
+        if self.depth > 1:
+            kind = type(module)
+            caller = nest.caller_of_module(sys._getframe(1))
+            self.nest.enter(name, kind.__name__, "module", nest.package_of(kind), nest.class_source(kind), caller)
+
+    def module_ends(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Global hook after a module's forward, also after one that raised."""
+        if threading.get_ident() != self.thread:
+            return
+        error = sys.exc_info()[1]
+        if output is None and error is not None and (self.failure is None or self.failure[0] is not error):
+            self.failure = (error, self.module_names.get(id(module), ""))
+        self.depth -= 1
+        if self.depth:
+            self.nest.leave()
+
+
+_plans: dict[Any, tuple[str, Any, Callable[..., Any] | None]] = {}
+
+
+def _plan(func: Any) -> tuple[str, Any, Callable[..., Any] | None]:
+    """Name, rule, and for composites the function to run in its place."""
+    name = rules.name_of(func)
+    replacement = compose.REPLACEMENTS.get(name)
+    if replacement is not None:
+        return name, None, replacement
+    rule = rules.lookup(func, name)
+    if rule is rules.opaque:
+        entered = _entered(func)
+        if entered is not None:
+            return name, None, entered
+    return name, rule, None
+
+
+def _entered(func: Any) -> Callable[..., Any] | None:
+    """A composite torch function whose body runs instead of asking the mode again; None where there is no body."""
+    if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch"):
+        return None
+    checks = [n for n in func.__code__.co_names if n.startswith("has_torch_function")]
+    if not checks:
+        return None
+    names = {**func.__globals__, **{check: lambda *_: False for check in checks}}
+    made = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    made.__kwdefaults__ = func.__kwdefaults__
+    return made
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "mps", "xpu", "meta")
+
+
+def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, change) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(_map(item, change) for item in value)
+    if type(value) is dict:
+        return {key: _map(item, change) for key, item in value.items()}
+    return value
+
+
+def _swap(value: Any, swap: dict[int, Operand]) -> Any:
+    if isinstance(value, Operand):
+        return swap[value.slot]
+    if type(value) in (tuple, list):
+        return type(value)(_swap(item, swap) for item in value)
+    if type(value) is dict:
+        return {key: _swap(item, swap) for key, item in value.items()}
+    return value
+
+
+nest.BOUNDARIES.add(Recorder._composite.__code__)
