@@ -138,3 +138,37 @@ def test_draw_from_the_command_line(tmp_path, monkeypatch):
 def test_command_line_errors_are_one_clear_message(capsys, arguments, message):
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+class Cached(torch.nn.Module):
+    """Gives a state of every layer beside its result, as caches and hidden states do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x):
+        states = []
+        for layer in self.layers:
+            x = x + layer(x).relu()
+            states.append(x * 2)
+        return x, states
+
+
+def test_families_of_outputs_are_left_out_and_named():
+    circuit = cl.trace(Cached(), torch.zeros(2, 4))
+    assert len(circuit.outputs) == 6
+    for text in (circuit.svg(), circuit.text()):
+        assert f"5 more outputs are not drawn, such as {circuit.outputs[1]}" in text
+    assert "not drawn" not in circuit.svg(outputs="all")
+    assert circuit.svg(outputs="all").count("× 2") >= 5
+    with pytest.raises(cl.CircuitlabError, match="outputs"):
+        circuit.svg(outputs="some")
+
+
+def test_a_second_result_is_drawn():
+    class Two(torch.nn.Module):
+        def forward(self, x):
+            return x.sum(0), x.mean(1)
+
+    assert "not drawn" not in cl.trace(Two(), torch.zeros(2, 4)).svg()

@@ -624,3 +624,11 @@ def _(self, x):
 def _(self, x):
     y = torch.cat([x, torch.zeros(2, 1)], dim=-1)
     return (y - y.max(dim=-1, keepdim=True).values).softmax(-1)
+
+
+@entry
+def hf_gpt2_with_cache_and_hidden_states():
+    import transformers
+
+    config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=4, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(config).eval(), (torch.randint(0, 40, (2, 6)),), {"output_hidden_states": True}

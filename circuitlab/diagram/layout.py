@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.drawing import Band, Drawing, Node
@@ -13,6 +14,7 @@ from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
 from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.metrics import width as text_width
 from circuitlab.diagram.notes import describe, notes_of, tinted
+from circuitlab.diagram.outputs import left_out_note, main_part
 from circuitlab.diagram.pen import Pen, number
 from circuitlab.diagram.place import Places, place
 from circuitlab.diagram.reduce import Reducer
@@ -40,6 +42,7 @@ def draw(
     batch: bool = True,
     width: float = 1000.0,
     overlay: Mapping[str, float] | None = None,
+    outputs: Literal["main", "all"] = "main",
 ) -> Scene:
     """Lay a circuit out.
 
@@ -51,6 +54,8 @@ def draw(
         batch: whether wires of kind "batch" are drawn.
         width: rows are wrapped at about this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
+        outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and says so
+            below the drawing; "all" draws them.
 
     Raises:
         InputError: an unknown block, a negative depth, or an overlay of things that are not there.
@@ -62,10 +67,14 @@ def draw(
     opened, shut = frozenset(open), frozenset(closed)
     for name in (*opened, *shut):
         circuit.block(name)
-    shown = circuit[block] if block else circuit
+    if outputs not in ("main", "all"):
+        raise InputError(f"outputs={outputs!r} is neither 'main' nor 'all'")
+    shown, left_out = circuit[block] if block else circuit, ()
+    if outputs == "main":
+        shown, left_out = main_part(shown)
     drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch).drawing()
     page = _Page(shown, drawing, place(drawing), width)
-    page.draw()
+    page.draw(left_out_note(left_out))
     marks = page.pen.plates + page.pen.marks
     return Scene(
         block=block,
@@ -112,8 +121,8 @@ class _Page:
         self.members = {name: [n for n in self.drawing.nodes if name in n.plates] for name in self.drawing.plates}
         self.sized = self._sized()
 
-    def draw(self) -> None:
-        """Put the marks on paper."""
+    def draw(self, note: str = "") -> None:
+        """Put the marks on paper, and a note below them."""
         rows = self._rows()
         y = _MARGIN
         for row in rows:
@@ -129,6 +138,10 @@ class _Page:
         ends = [self.right[row.last] + (self.gaps[row.last] + 8.0 if row is not rows[-1] else 10.0) for row in rows]
         counts = [m.x + 22.0 for m in self.pen.marks if m.role in ("count", "title")]
         self.width = max([*ends, *counts, 40.0]) + _MARGIN
+        if note:
+            self.pen.text(_MARGIN, self.height + 6, note, size=11, fill="quiet", anchor="start", role="note")
+            self.height += 20.0
+            self.width = max(self.width, text_width(note, 11, "title") + 2 * _MARGIN)
 
     # columns to rows ----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from circuitlab.diagram.layout import draw
 from circuitlab.errors import CircuitlabError, InputError
 
 _BUNDLE = Path(__file__).parent / "static" / "widget.js"
-_REDRAWN_BY = ("circuit", "depth", "opened", "closed", "batch", "width", "overlay")
+_REDRAWN_BY = ("circuit", "depth", "opened", "closed", "batch", "width", "overlay", "outputs")
 
 
 class DiagramWidget(anywidget.AnyWidget):
@@ -30,6 +30,7 @@ class DiagramWidget(anywidget.AnyWidget):
         batch: whether the batch wire is drawn.
         width: rows wrap at this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
+        outputs: "main" leaves out families of further outputs, such as caches of every layer; "all" draws them.
         scene: what is on the screen now, as plain data.
     """
 
@@ -47,6 +48,7 @@ class DiagramWidget(anywidget.AnyWidget):
     batch = traitlets.Bool(True)
     width = traitlets.Float(1000.0)
     overlay = traitlets.Dict()
+    outputs = traitlets.Enum(["main", "all"], default_value="main")
     scene = traitlets.Dict().tag(sync=True)
 
     def __init__(
@@ -60,13 +62,14 @@ class DiagramWidget(anywidget.AnyWidget):
         batch: bool = True,
         width: float = 1000.0,
         overlay: Mapping[str, float] | None = None,
+        outputs: str = "main",
     ) -> None:
         if depth < 0:
             raise InputError(f"depth={depth} is negative; 0 is one solid block")
         self._ready = False
         super().__init__(
             circuit=circuit, depth=depth, opened=tuple(open), closed=tuple(closed), theme=theme, batch=batch,
-            width=width, overlay=dict(overlay or {}),
+            width=width, overlay=dict(overlay or {}), outputs=outputs,
         )
         self._ready = True
         self.on_msg(self._told)
@@ -104,7 +107,7 @@ class DiagramWidget(anywidget.AnyWidget):
         self.deepest = _deepest(self.circuit.root)
         scene = draw(
             self.circuit, depth=self.depth, open=self.opened, closed=self.closed, batch=self.batch,
-            width=self.width, overlay=self.overlay,
+            width=self.width, overlay=self.overlay, outputs=self.outputs,  # pyright: ignore[reportArgumentType]
         )
         self.scene = scene.to_dict()
         self._look()

@@ -1,0 +1,54 @@
+"""Main and further outputs: caches and hidden states of every layer would be drawn as dozens of long wires."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from circuitlab.circuit import Block, Circuit
+
+_FAMILY = 3
+
+
+def main_part(circuit: Circuit) -> tuple[Circuit, tuple[str, ...]]:
+    """The circuit without its families of further outputs, and without what only they need.
+
+    A family is three or more outputs of one shape, made by the same line of code: key-value caches, the hidden states or
+    attention weights of each layer. The first output is never in one.
+
+    Returns:
+        the circuit, and the outputs that were left out.
+    """
+    families: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+    for name in circuit.outputs[1:]:
+        tensor = circuit.tensor(name)
+        if tensor.op:
+            op = circuit.op(tensor.op)
+            families.setdefault((op.fn, op.source, tensor.shape), []).append(name)
+    out = {name for family in families.values() if len(family) >= _FAMILY for name in family}
+    if not out:
+        return circuit, ()
+    outputs = tuple(name for name in circuit.outputs if name not in out)
+    needed: set[str] = set()
+    pending = [circuit.tensor(name).op for name in outputs]
+    while pending:
+        name = pending.pop()
+        if name and name not in needed:
+            needed.add(name)
+            pending.extend(circuit.tensor(read).op for read in circuit.op(name).inputs)
+    kept = tuple(op for op in circuit.ops if op.name in needed)
+    root = _pruned(circuit.root, needed)
+    return replace(circuit, ops=kept, root=root, outputs=outputs), tuple(n for n in circuit.outputs if n in out)
+
+
+def _pruned(block: Block, needed: set[str]) -> Block:
+    items = tuple(
+        _pruned(item, needed) if isinstance(item, Block) else item
+        for item in block.items
+        if isinstance(item, Block) or item in needed
+    )
+    return replace(block, items=tuple(i for i in items if not isinstance(i, Block) or i.items))
+
+
+def left_out_note(names: tuple[str, ...]) -> str:
+    """What to say of outputs that were left out; "" if there are none."""
+    return f"{len(names)} more outputs are not drawn, such as {names[0]}" if names else ""
