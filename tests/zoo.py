@@ -632,3 +632,14 @@ def hf_gpt2_with_cache_and_hidden_states():
 
     config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=4, vocab_size=40, bos_token_id=0, eos_token_id=0)
     return transformers.GPT2LMHeadModel(config).eval(), (torch.randint(0, 40, (2, 6)),), {"output_hidden_states": True}
+
+
+@style("linear_algebra", x(2, 4, 4))
+def _(self, x):
+    u, s, v = torch.linalg.svd(x)
+    return torch.linalg.inv(x @ x.mT + torch.eye(4)), u * s[..., None, :], torch.linalg.det(x)
+
+
+@style("histogram", x(3, 5))
+def _(self, x):
+    return torch.histc(x, 4), torch.bucketize(x, torch.tensor([0.0, 1.0]))

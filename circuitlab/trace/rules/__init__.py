@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules import contract, index, pointwise, shape, spatial
+from circuitlab.trace.rules import algebra, contract, index, pointwise, shape, spatial
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -50,7 +50,7 @@ _NAMES: dict[Rule, str] = {
     pointwise.triangle: "tril triu",
     pointwise.layer_norm: "layer_norm rms_norm",
     pointwise.group_norm: "group_norm",
-    pointwise.normalize: "normalize renorm_",
+    pointwise.normalize: "normalize",
     pointwise.weight_norm: "_weight_norm",
     pointwise.local_response_norm: "local_response_norm",
     pointwise.loss: "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits "
@@ -61,7 +61,7 @@ _NAMES: dict[Rule, str] = {
     pointwise.like: "zeros_like ones_like full_like empty_like",
     contract.linear: "linear",
     contract.bilinear: "bilinear",
-    contract.matmul: "matmul mm bmm mv dot vdot linalg_vecdot_ linalg_matmul",
+    contract.matmul: "matmul mm bmm mv dot vdot linalg_matmul",
     contract.rmatmul: "rmatmul",
     contract.outer: "outer ger",
     contract.addmm: "addmm baddbmm addmv",
@@ -69,9 +69,9 @@ _NAMES: dict[Rule, str] = {
     contract.einsum: "einsum",
     contract.cdist: "cdist",
     shape.same: "contiguous clone detach to float double half bfloat16 int long short char byte bool type alias "
-    "type_as requires_grad cpu cuda data real_ positive alias_copy resolve_conj resolve_neg squeeze_copy_",
+    "type_as requires_grad cpu cuda data positive alias_copy resolve_conj resolve_neg",
     shape.view: "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze atleast_1d atleast_2d "
-    "_unsafe_view unsqueeze_copy_",
+    "_unsafe_view",
     shape.permute: "permute",
     shape.transpose: "transpose swapaxes swapdims",
     shape.turned: "T t mT mH H adjoint numpy_T",
@@ -118,6 +118,10 @@ _NAMES: dict[Rule, str] = {
     shape.to_real: "view_as_real",
     pointwise.fourier: "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 "
     "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift",
+    algebra.matrix: algebra.MATRIX,
+    algebra.counts: "histc bincount",
+    algebra.buckets: "bucketize",
+    algebra.grouped_mm: "grouped_mm _grouped_mm",
     index.recurrent: "lstm gru rnn_tanh rnn_relu",
 }
 
