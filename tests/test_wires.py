@@ -200,3 +200,15 @@ def test_a_circuit_is_a_plain_value(gpt, tmp_path):
     assert cl.load(tmp_path / "gpt.json") == gpt
     with pytest.raises(dataclasses.FrozenInstanceError):
         gpt.title = "other"
+
+
+def test_jaxtyping_annotations_name_the_axes():
+    class Float:  # as jaxtyping.Float[Tensor, "b t d"] describes itself
+        dim_str = "sentences words features"
+
+    class Model(nn.Module):
+        def forward(self, x: Float):
+            return x.relu()
+
+    circuit = cl.trace(Model(), torch.zeros(2, 3, 4))
+    assert list(circuit.wires) == ["sentences", "words", "features"]

@@ -13,18 +13,19 @@ def main_part(circuit: Circuit) -> tuple[Circuit, tuple[str, ...]]:
     """The circuit without its families of further outputs, and without what only they need.
 
     A family is three or more outputs of one shape, made by the same line of code: key-value caches, the hidden states or
-    attention weights of each layer. The first output is never in one.
+    attention weights of each layer. Those of one family with the first output are all main.
 
     Returns:
         the circuit, and the outputs that were left out.
     """
     families: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
-    for name in circuit.outputs[1:]:
+    for name in circuit.outputs:
         tensor = circuit.tensor(name)
         if tensor.op:
             op = circuit.op(tensor.op)
             families.setdefault((op.fn, op.source, tensor.shape), []).append(name)
-    out = {name for family in families.values() if len(family) >= _FAMILY for name in family}
+    first = circuit.outputs[0] if circuit.outputs else ""
+    out = {name for found in families.values() if len(found) >= _FAMILY and first not in found for name in found}
     if not out:
         return circuit, ()
     outputs = tuple(name for name in circuit.outputs if name not in out)
