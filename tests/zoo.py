@@ -643,3 +643,14 @@ def _(self, x):
 @style("histogram", x(3, 5))
 def _(self, x):
     return torch.histc(x, 4), torch.bucketize(x, torch.tensor([0.0, 1.0]))
+
+
+@style("norms_and_quantiles", x(3, 4))
+def _(self, x):
+    return x.norm(dim=1), torch.linalg.vector_norm(x, 2, 0), x.quantile(0.5, dim=1), x.kthvalue(2).values, x.diagonal()
+
+
+@style("entries_picked_from_a_map", x(2, 4), a=linear(4, 3))
+def _(self, x):
+    y = self.a(x).repeat_interleave(2, -1)
+    return torch.cat(y.chunk(3, -1)[::-1], -1), F.pad(self.a(x), (1, 1))[:, :3]

@@ -75,7 +75,8 @@ def build(
     places = places_of(tensors, wires)
     outputs = tuple(dict.fromkeys(value.name for value in recording.outputs))
     inputs = tuple(value.name for value in recording.inputs)
-    why = permutability(wires, ops, tensors, inputs, outputs, places)
+    picked = {named[id(atom)].name for atom in atoms if atom.picked}
+    why = permutability(wires, ops, tensors, inputs, outputs, places, picked)
     wires = {
         name: Wire(
             name, wire.label, wire.size, wire.kind, wire.group, wire.origin, not why[name], why[name], wire.parts,

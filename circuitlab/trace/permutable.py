@@ -7,6 +7,7 @@ from circuitlab.circuit import Op, Tensor, Wire
 Part = tuple[int, int] | None
 WherePlaces = dict[str, tuple[tuple[str, int, int, Part], ...]]
 
+_SUM = "it is a sum of parts; those may be permutable one by one"
 _PINNING = {
     "ordered": "depends on positions",
     "indexed": "picks entries by number",
@@ -62,9 +63,10 @@ def permutability(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     places: WherePlaces,
+    picked: set[str],
 ) -> dict[str, str]:
     """For each wire "" if it is permutable, else the reason why not, for people."""
-    why: dict[str, str] = {}
+    why = dict.fromkeys(picked, "single entries of it are taken by their number")
     ends = [(n, "is an axis of the input") for n in inputs] + [(n, "is an axis of the output") for n in outputs]
     by_name = {tensor.name: tensor for tensor in tensors}
     for name, reason in ends:
@@ -85,19 +87,22 @@ def permutability(
     holders = _holders(tensors, wires)
     for wire in wires.values():
         if wire.parts:
-            why.setdefault(wire.name, "it is a sum of parts; those may be permutable one by one")
+            why.setdefault(wire.name, _SUM)
         elif wire.name not in holders:
             why.setdefault(wire.name, "no parameter has it")
         elif holders[wire.name] != {place[0] for place in places.get(wire.name, ())}:
             # every parameter that has the wire must have it at a place that `places` can name
             why.setdefault(wire.name, "it lies inside a part that cannot be told apart in a parameter")
-    # a sum that is pinned pins its parts
-    for wire in wires.values():
-        reason = why.get(wire.name, "")
-        if wire.parts and not reason.startswith("it is a sum"):
-            for _, _, names in wire.parts:
-                for name in names:
-                    why.setdefault(name, f"it is a part of {wire.name!r}: {reason}")
+    # a sum that is pinned pins its parts, and theirs
+    pending = [name for name, reason in why.items() if wires[name].parts and reason != _SUM]
+    while pending:
+        whole = pending.pop()
+        for _, _, names in wires[whole].parts:
+            for name in names:
+                if why.get(name, _SUM) == _SUM:
+                    why[name] = f"it is a part of {whole!r}: {why[whole]}"
+                    if wires[name].parts:
+                        pending.append(name)
     return {name: why.get(name, "") for name in wires}
 
 

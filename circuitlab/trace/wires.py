@@ -33,9 +33,10 @@ class Atom:
         whole: (atom, start) if it was made as a part of another.
         hints: what is known about its origin, for naming: (kind, detail...) tuples.
         cuts: (start, stop) -> atom of a slice that spans several parts.
+        picked: single entries of it were taken, which no part tells of: its order matters.
     """
 
-    __slots__ = ("cuts", "factors", "hints", "index", "parent", "parts", "size", "whole")
+    __slots__ = ("cuts", "factors", "hints", "index", "parent", "parts", "picked", "size", "whole")
 
     def __init__(self, size: int, index: int, hint: tuple[Any, ...]) -> None:
         self.size = size
@@ -46,6 +47,7 @@ class Atom:
         self.whole: tuple[Atom, int] | None = None
         self.hints: tuple[tuple[Any, ...], ...] = (hint,)
         self.cuts: dict[tuple[int, int], Atom] = {}
+        self.picked = False
 
     def __repr__(self) -> str:
         return f"<{self.index}:{self.size}>"
@@ -184,6 +186,8 @@ class Wires:
             a, b = b, a
         self._set(b, "parent", a)
         self._set(a, "hints", a.hints + b.hints)
+        if b.picked:
+            self.pick([a])
         if a.whole is None and b.whole is not None:
             self._set(a, "whole", b.whole)
         if not b.parts:
@@ -218,6 +222,7 @@ class Wires:
                 self.unify(atoms, [*piece, second])
             if len(pieces) > 1:
                 self._set(first, "parts", tuple(pieces))
+        first.picked = second.picked = atom.picked
         self._set(atom, "factors", (first, second))
         return first, second
 
@@ -240,10 +245,12 @@ class Wires:
         if start % inner or stop % inner:
             # the slice may lie within one index of the leading factor
             if start // inner == (stop - 1) // inner:
+                self.pick([lead])
                 return self.slice(atoms[1:], start % inner, (stop - 1) % inner + 1)
             raise ClashError(f"[{start}:{stop}] of {atoms}")
         start, stop = start // inner, stop // inner
         if stop - start == 1:
+            self._mark_cut([lead], start, stop)
             return atoms[1:]
         if (start, stop) == (0, lead.size):
             return atoms
@@ -260,10 +267,20 @@ class Wires:
         return [made, *atoms[1:]]
 
     def _mark_cut(self, atoms: Dim, start: int, stop: int) -> None:
-        """A single entry is taken: remember the boundaries only if the atom is a sum already."""
+        """A single entry is taken: a boundary of a sum, else a pick."""
         if len(atoms) == 1 and atoms[0].parts:
             self._cut(atoms[0], start)
             self._cut(atoms[0], stop)
+        else:
+            self.pick(atoms)
+
+    def pick(self, dim: Iterable[Atom]) -> None:
+        """The order of these atoms matters, and that of their parts."""
+        for atom in leaves(dim):
+            if not atom.picked:
+                self._set(atom, "picked", True)
+                for _, _, inner in atom.parts:
+                    self.pick(inner)
 
     def _cut(self, atom: Atom, at: int) -> None:
         """Give a leaf a boundary between two parts."""

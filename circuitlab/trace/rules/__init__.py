@@ -42,8 +42,8 @@ write = shape.diagonal_write
 _NAMES: dict[Rule, str] = {
     pointwise.prelu: "prelu",
     pointwise.reduce: "sum mean amax amin max min nansum nanmean prod var std var_mean std_mean logsumexp all any median "
-    "nanmedian mode count_nonzero argmax argmin norm linalg_norm linalg_vector_norm vector_norm quantile nanquantile "
-    "kthvalue aminmax special_logsumexp",
+    "nanmedian mode count_nonzero argmax argmin aminmax special_logsumexp",
+    pointwise.ordered_reduce: "norm linalg_norm linalg_vector_norm vector_norm quantile nanquantile kthvalue",
     pointwise.softmax: "softmax log_softmax softmin special_softmax special_log_softmax _softmax _log_softmax",
     pointwise.scan: "cumsum cumprod cummax cummin logcumsumexp flip fliplr flipud roll",
     pointwise.order: "sort topk argsort msort",
@@ -114,6 +114,7 @@ _NAMES: dict[Rule, str] = {
     "hamming_window from_numpy empty_strided",
     index.cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
     spatial.grid_sampler: "grid_sampler",
+    shape.diagonal: "diagonal linalg_diagonal",
     shape.to_complex: "view_as_complex",
     shape.to_real: "view_as_real",
     pointwise.fourier: "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 "

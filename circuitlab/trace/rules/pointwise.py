@@ -95,18 +95,10 @@ def reduce(
     if isinstance(dim, Operand):
         # max(a, b), min(a, b): entry by entry
         return elementwise(w, event, event.operands, event.outs[0].shape)
-    if event.fn in ("norm", "linalg_norm", "linalg_vector_norm", "vector_norm", "quantile", "nanquantile", "kthvalue"):
-        # the second argument is an order, not a dimension
-        dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], bool) else None)
-        if event.fn == "kthvalue" and dim is None:
-            dim = -1
-        args = args[1:]
     if isinstance(dim, bool):
         dim = None
     if args and isinstance(args[-1], bool) and event.outs and len(event.outs[0].shape) == input.ndim:
         keepdim = True
-    if event.fn in ("quantile", "nanquantile") and any(o.slot != input.slot and o.ndim for o in event.operands):
-        raise NoRuleError
     axes = axes_of(dim, input.ndim)
     keepdim = keepdim or (len(event.outs[0].shape) == input.ndim and bool(axes) and input.ndim > 0)
     order = len(event.outs) > 1 and event.fn in ("max", "min", "median", "nanmedian", "mode", "kthvalue")
@@ -126,6 +118,18 @@ def reduce(
     for _ in event.outs:
         pattern.out(out)
     return pattern
+
+
+def ordered_reduce(
+    w: Wires, event: Event, input: Operand, order: Any = None, dim: Any = None, keepdim: bool = False, *args: Any,
+    **kwargs: Any,
+) -> Pattern:
+    """Norms, quantiles, k-th values: the argument before the dimension says which."""
+    if any(operand.slot != input.slot and operand.ndim for operand in event.operands):
+        raise NoRuleError  # several quantiles at once
+    if event.fn == "kthvalue" and dim is None:
+        dim = -1
+    return reduce(w, event, input, dim, keepdim=keepdim)
 
 
 def softmax(w: Wires, event: Event, input: Operand, dim: Any = None, *args: Any, **kwargs: Any) -> Pattern:

@@ -161,6 +161,7 @@ def _with_part(
     try:
         part = w.slice(input.dims[axis], start, stop)
     except ClashError:
+        w.pick(input.dims[axis])
         part = w.new(stop - start, "opaque", event.name)
         out[axis] = [Letter("opaque", part)] if part else []
         return out
@@ -348,4 +349,19 @@ def to_real(w: Wires, event: Event, input: Operand) -> Pattern:
     pattern = Pattern("box")
     slots = pattern.take(input)
     pattern.out([*slots, pattern.new(w, 2, "ordered", "complex", event.name)])
+    return pattern
+
+
+def diagonal(
+    w: Wires, event: Event, input: Operand, offset: int = 0, dim1: int | None = None, dim2: int | None = None, **kwargs: Any
+) -> Pattern:
+    """Entries of two dimensions with one number, as a new last dimension; the rest pass."""
+    first, second = (-2, -1) if event.fn.startswith("linalg") else (0, 1)
+    taken = [axis_of(first if dim1 is None else dim1, input.ndim), axis_of(second if dim2 is None else dim2, input.ndim)]
+    pattern = Pattern("box", offset=kwargs.get("offset", offset))
+    slots = pattern.take(input)
+    for axis in taken:
+        set_role(slots[axis], "ordered")
+    kept = [letters for axis, letters in enumerate(slots) if axis not in taken]
+    pattern.out([*kept, pattern.new(w, event.outs[0].shape[-1], "ordered", "diagonal", event.name)])
     return pattern
