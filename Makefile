@@ -10,11 +10,12 @@ TORCH ?= "torch>=2.6,<2.14"
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: lab test check bench pictures clean
 
 lab: $(VENV)/installed
-	$(BIN)/jupyter lab $(ARGS) notebooks/01_draw.ipynb
+	$(BIN)/jupyter lab $(ROOT) $(ARGS) notebooks/01_draw.ipynb
 
 test: check
 	$(BIN)/python -m pytest $(ARGS)
