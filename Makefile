@@ -12,13 +12,20 @@ BIN := $(VENV)/bin
 ARGS ?=
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: lab test check bench pictures clean
+.PHONY: lab test browser check bench pictures clean
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab $(ROOT) $(ARGS) notebooks/01_draw.ipynb
 
-test: check
+test: check browser
 	$(BIN)/python -m pytest $(ARGS)
+
+# A browser for the tests: the machine's own, else Debian's package, else the one that playwright downloads.
+browser: $(VENV)/test-tools
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { [ -n "$(ROOT)" ] && command -v apt-get >/dev/null && apt-get update -qq \
+	       && apt-get install -y -qq --no-install-recommends chromium librsvg2-bin fonts-dejavu-core >/dev/null; } \
+	  || $(BIN)/playwright install --with-deps chromium
 
 check: $(VENV)/installed $(VENV)/test-tools
 	cd js && npm run --silent check && npm run --silent test

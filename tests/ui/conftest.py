@@ -21,10 +21,8 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def chromium():
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.fail("the browser tests need chromium: apt-get install chromium")
-    return found
+    """The machine's chromium; None for the one that playwright has downloaded."""
+    return next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 
 
 @pytest.fixture(scope="session")
