@@ -49,12 +49,14 @@ class Heights:
             for band in drawing.bands
             for row in range(row_of[column[id(band.source)]], row_of[column[id(band.target)]] + 1)
         }
-        self.members: dict[Box, list[Node]] = {
-            (name, row): nodes
-            for name in drawing.plates
-            for row in range(row_of[-1] + 1)
-            if (nodes := [n for n in drawing.nodes if name in n.plates and self._row(n) == row])
-        }
+        self.members: dict[Box, list[Node]] = {}
+        for node in drawing.nodes:
+            for name in node.plates:
+                self.members.setdefault((name, self._row(node)), []).append(node)
+        self.gaps: list[list[Band]] = [[] for _ in row_of]
+        for band in sorted(drawing.bands, key=lambda band: order[id(band)]):
+            for gap in range(column[id(band.source)], column[id(band.target)]):
+                self.gaps[gap].append(band)
         keys: list[Box] = [*((id(node), self._row(node)) for node in drawing.nodes), *self.members]
         self.top = {key: self._variable() for key in keys}
         self.bottom = {key: self._variable() for key in keys}
@@ -220,12 +222,8 @@ class Heights:
         return self.column[id(band.target)] - self.column[id(band.source)]
 
     def _separate_bands(self) -> None:
-        gaps: list[list[Band]] = [[] for _ in range(max(self.column.values(), default=0) + 1)]
-        for band in sorted(self.drawing.bands, key=lambda band: self.order[id(band)]):
-            for gap in range(self.column[id(band.source)], self.column[id(band.target)]):
-                gaps[gap].append(band)
         done: set[tuple[int, int, int]] = set()
-        for gap, bands in enumerate(gaps[:-1]):
+        for gap, bands in enumerate(self.gaps[:-1]):
             for row in dict.fromkeys(self.row_of[gap : gap + 2]):
                 for above, below in itertools.pairwise(bands):
                     if (id(above), id(below), row) not in done:
@@ -250,22 +248,25 @@ class Heights:
             plates = nodes[0].plates
             outer = plates[: plates.index(key[0])] if isinstance(key[0], str) else plates
             around[key] = {(name, key[1]) for name in outer}
+        at_column: list[list[int]] = [[] for _ in self.row_of]
+        for number, (_, first, last, _, _) in enumerate(boxes):
+            for column in range(first, last + 1):
+                at_column[column].append(number)
         for key, first, last, low, high in boxes:
             row = key[1]
-            for band in self.drawing.bands:
-                if id(band) in own[key] or (id(band), row) not in self.y:
-                    continue
-                if self.column[id(band.source)] >= last or self.column[id(band.target)] <= first:
+            near = {id(band): band for gap in range(first, max(last, first + 1)) for band in self.gaps[gap]}
+            for band in near.values():
+                if id(band) in own[key] or (id(band), row) not in self.y or self.column[id(band.source)] >= last:
                     continue
                 tracks = self.y[id(band), row]
                 if self.order[id(band)] > high:
                     self._below(self.bottom[key], tracks[0], 24.0, 1)
                 elif self.order[id(band)] < low:
                     self._below(tracks[-1], self.top[key], 4.0, 1)
-            for other, begin, end, its_low, _ in boxes:
-                shares = begin <= last and end >= first and other[1] == row
+            for number in dict.fromkeys(n for column in range(first, last + 1) for n in at_column[column]):
+                other, _, _, its_low, _ = boxes[number]
                 nested = other in around[key] or key in around[other]
-                if key != other and shares and not nested and high < its_low:
+                if high < its_low and other[1] == row and not nested:
                     self._below(self.bottom[key], self.top[other], 6.0, 0)
 
 

@@ -215,7 +215,7 @@ class _Page:
         if sum(wide) <= self.limit * _STRETCH:
             return [(0, total - 1)]
         starts = [0.0, *itertools.accumulate(wide)]
-        cut = [self._cut(column) for column in range(total)]
+        cut = self._cuts(total)
         best: list[tuple[float, int]] = [(0.0, 0)] + [(float("inf"), 0)] * total
         for stop in range(1, total + 1):
             for start in range(stop - 1, -1, -1):
@@ -235,19 +235,18 @@ class _Page:
             stop = start
         return rows
 
-    def _cut(self, column: int) -> float:
-        """How much a break after this column cuts: wires, and plates about them."""
-        wires = sum(
-            max(len(band.tracks), 1)
-            for band in self.drawing.bands
-            if self.column[id(band.source)] <= column < self.column[id(band.target)]
-        )
-        plates = 0
+    def _cuts(self, total: int) -> list[float]:
+        """How much a break after each column cuts: wires, and plates about them."""
+        change = [0.0] * (total + 1)
+        for band in self.drawing.bands:
+            change[self.column[id(band.source)]] += max(len(band.tracks), 1)
+            change[self.column[id(band.target)]] -= max(len(band.tracks), 1)
         for nodes in self.members.values():
             if nodes:
                 first, last = self._columns(nodes)
-                plates += first <= column < last
-        return wires + 3.0 * plates
+                change[first] += 3.0
+                change[last] -= 3.0
+        return list(itertools.accumulate(change[:total]))
 
     def _extent(self, row: _Row) -> tuple[float, float]:
         """Top and bottom of what is drawn in a row."""
@@ -256,10 +255,9 @@ class _Page:
         for key, top in self.places.top.items():
             if key[1] == row.number and top < self.places.bottom[key]:
                 ys += [top, self.places.bottom[key]]
-        for node in self.drawing.nodes:
-            counted |= node.count > 1 and self.places.row(node) == row.number
-        for name, nodes in self.members.items():
-            counted |= self.drawing.plates[name][1] > 1 and any(self.places.row(n) == row.number for n in nodes)
+        for column in range(row.first, row.last + 1):
+            for node in self.by_column[column]:
+                counted |= node.count > 1 or any(self.drawing.plates[name][1] > 1 for name in node.plates)
         for band in self.drawing.bands:
             if self._crosses(band, row):
                 low, high = self._span(band, row)
