@@ -15,25 +15,34 @@ from circuitlab.trace.rules.pattern import Letter, Pattern
 from circuitlab.trace.wires import Atom, Wires, leaves
 
 
-@dataclass
-class Axes:
-    """The axes of one event while they are put together: (letter, position in it) -> (atom, role, ins, outs)."""
+@dataclass(slots=True)
+class Found:
+    """One axis of an event while it is put together."""
 
-    found: dict[tuple[int, int], tuple[Atom, str, list[Place], list[Place]]] = field(
-        default_factory=dict[tuple[int, int], tuple[Atom, str, list[Place], list[Place]]]
-    )
+    atom: Atom
+    role: str
+    ins: list[Place] = field(default_factory=list[Place])
+    outs: list[Place] = field(default_factory=list[Place])
+
+
+class Axes:
+    """The axes of one event: one for each atom of each letter of its pattern."""
+
+    def __init__(self) -> None:
+        self.found: list[Found] = []
+        self._of: dict[int, list[Found]] = {}
 
     def add(self, dims: list[list[Letter]], number: int, out: bool) -> None:
         """The letters of one operand or result."""
         for dim, letters in enumerate(dims):
             factor = 0
             for letter in letters:
-                for position, atom in enumerate(leaves(letter.atoms)):
-                    key = (id(letter), position)
-                    entry = self.found.get(key)
-                    if entry is None:
-                        entry = self.found[key] = (atom, letter.role, list[Place](), list[Place]())
-                    (entry[3] if out else entry[2]).append((number, dim, factor))
+                mine = self._of.get(id(letter))
+                if mine is None:
+                    mine = self._of[id(letter)] = [Found(atom, letter.role) for atom in leaves(letter.atoms)]
+                    self.found += mine
+                for axis in mine:
+                    (axis.outs if out else axis.ins).append((number, dim, factor))
                     factor += 1
 
 
@@ -64,7 +73,7 @@ def build(
     _drop_unused_indices(made, events, recording)
     atoms = _atoms(values, made)
     named = naming.name_wires(recording, atoms, made, given)
-    dims_of = {id(v): tuple(tuple(named[id(a)].name for a in leaves(dim)) for dim in v.dims) for v in values}
+    dims_of = {id(v): tuple([tuple([named[id(a)].name for a in leaves(dim)]) for dim in v.dims]) for v in values}
     tensors = tuple(
         Tensor(v.name, v.shape, dims_of[id(v)], v.dtype, v.kind, v.event.name if v.event else "") for v in values
     )
@@ -133,16 +142,16 @@ def _drop_unused_indices(made: list[tuple[Event, Pattern, Axes]], events: list[E
     read |= {id(value) for value in recording.outputs}
     for event, pattern, axes in made:
         if pattern.attrs.pop("indices", False) and not any(id(out) in read for out in event.outs[1:]):
-            for key, (atom, role, ins, outs) in axes.found.items():
-                if role == "ordered":
-                    axes.found[key] = (atom, "reduced", ins, outs)
+            for axis in axes.found:
+                if axis.role == "ordered":
+                    axis.role = "reduced"
 
 
 def _atoms(values: list[Value], made: list[tuple[Event, Pattern, Axes]]) -> list[Atom]:
     """Every wire that occurs, parts of sums included, oldest first."""
     found: dict[int, Atom] = {}
     pending = [atom for value in values for dim in value.dims for atom in leaves(dim)]
-    pending += [entry[0] for _, _, axes in made for entry in axes.found.values()]
+    pending += [axis.atom for _, _, axes in made for axis in axes.found]
     while pending:
         atom = pending.pop()
         if id(atom) not in found:
@@ -158,9 +167,7 @@ def _op(event: Event, pattern: Pattern, axes: Axes, named: dict[int, naming.Name
         kind=pattern.kind,
         inputs=tuple(operand.value.name for operand in event.operands),
         outputs=tuple(out.name for out in event.outs),
-        axes=tuple(
-            Axis(named[id(atom)].name, role, tuple(ins), tuple(outs)) for atom, role, ins, outs in axes.found.values()
-        ),
+        axes=tuple([Axis(named[id(a.atom)].name, a.role, tuple(a.ins), tuple(a.outs)) for a in axes.found]),
         source=event.source,
         attrs={key: _plain(value) for key, value in pattern.attrs.items()},
     )

@@ -140,7 +140,8 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
     for event, pattern, axes in made:
         operands = event.operands
         seen: set[int] = set()
-        for atom, role, ins, outs in axes.found.values():
+        for axis in axes.found:
+            atom, role, ins, outs = axis.atom, axis.role, axis.ins, axis.outs
             fact = facts[id(atom)]
             fact.roles.add((pattern.kind, role))
             fact.first = fact.first or event
@@ -166,7 +167,7 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
                     fact.param = (operands[slot].value.name, dim)
     for _, pattern, axes in made:
         if pattern.kind in ("slice", "cat"):
-            _inherit(facts, [entry[0] for entry in axes.found.values() if entry[1] == "joined"])
+            _inherit(facts, [axis.atom for axis in axes.found if axis.role == "joined"])
 
 
 def _inherit(facts: dict[int, _Facts], joined: list[Atom]) -> None:
@@ -348,7 +349,7 @@ def _number(
     for _, pattern, axes in made:
         if pattern.kind == "reindex":
             continue
-        present = {id(entry[0]) for entry in axes.found.values()}
+        present = {id(axis.atom) for axis in axes.found}
         by_label: dict[str, list[int]] = {}
         for key in present:
             by_label.setdefault(named[key].label, []).append(key)
