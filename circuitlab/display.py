@@ -22,7 +22,7 @@ MIME = "application/vnd.circuitlab.v1+json"
 """The scene type: rendered by the JupyterLab extension, kept in the notebook file."""
 
 DOCUMENT_VERSION = 1
-_MOST_MARKS = 20_000
+_MOST_MARKS = 8_000
 
 
 def svg(
@@ -67,7 +67,7 @@ def document(circuit: Circuit, *, depth: int = 1, batch: bool = True) -> dict[st
     """The drawing with one scene for each distinct block that can be drilled into, as plain JSON data.
 
     A reader without a kernel opens a folded block by going to its scene. Repeated blocks are drawn once, so there
-    are few; past 20,000 marks no more scenes are added.
+    are few; past 8,000 marks no more scenes are added.
     """
     scenes: dict[str, Any] = {}
     pending = [circuit.root.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -42,8 +43,11 @@ def notes_of(circuit: Circuit, marks: Iterable[Mark]) -> dict[str, tuple[str, ..
             notes[mark.op] = (f"{op.fn} {op.name}", f"gives {shapes}", *held, op.source)
         if mark.block and mark.block not in notes:
             block = circuit.block(mark.block)
-            count = sum(1 for _ in block.op_names())
-            notes[mark.block] = (f"{block.title} {block.name}", f"{count} ops", block.source)
+            inside = [circuit.op(name) for name in block.op_names()]
+            held = {name for op in inside for name in op.inputs if name in parameters}
+            numbers = sum(math.prod(parameters[name].shape) for name in held)
+            learned = f"{len(held)} parameters, {numbers:,} numbers" if held else "no parameters"
+            notes[mark.block] = (f"{block.title} {block.name}", f"{len(inside)} ops", learned, block.source)
     return notes
 
 

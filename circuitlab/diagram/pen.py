@@ -39,7 +39,7 @@ class Pen:
         """A path."""
         self.add(replace(Mark("path", role, d=d, stroke=stroke, fill=fill, width=width), **rest))  # type: ignore[arg-type]
 
-    def wire(self, track: Track, points: Iterable[tuple[float, float]], tensor: str = "") -> None:
+    def wire(self, track: Track, points: Iterable[tuple[float, float]]) -> None:
         """A wire through points: horizontal between points of equal height, a flat S between others."""
         points = list(points)
         double = len(track.wires) > 1

@@ -102,6 +102,7 @@ def test_circuit_file_opens_without_a_kernel(jupyter, lab):
     import torch
 
     import circuitlab as cl
+    from tests.golden import hostile
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     cl.trace(model, torch.zeros(5, 3)).save(lab[2] / "net.circuit.json")
@@ -111,6 +112,16 @@ def test_circuit_file_opens_without_a_kernel(jupyter, lab):
     shot(jupyter.page, "file")
     jupyter.command("docmanager:open", {"path": "broken.circuit.json"})
     jupyter.page.get_by_text("cannot be shown").wait_for()
+
+    # names of modules are text
+    cl.trace(hostile(), torch.zeros(2, 3)).save(lab[2] / "hostile.circuit.json")
+    jupyter.page.on("dialog", lambda dialog: jupyter.problems.append(f"dialog: {dialog.message}"))
+    jupyter.command("docmanager:open", {"path": "hostile.circuit.json"})
+    block = jupyter.page.locator(".circuitlab [data-block*=onerror]").first
+    block.wait_for(state="attached")
+    block.hover(position={"x": 3, "y": 3})
+    jupyter.page.get_by_text("onerror=alert(1)").first.wait_for()
+    assert jupyter.page.locator(".circuitlab script, .circuitlab img").count() == 0
 
 
 def assert_inside(page):
