@@ -53,11 +53,10 @@ class Places:
 
 def place(drawing: Drawing) -> Places:
     """Find columns, order and heights, in one row."""
-    column = _columns(drawing)
-    order = _order(drawing, column)
-    together = _route(drawing, column, order)
-    if together:
-        column = _columns(drawing)
+    apart: list[tuple[Node, Node]] = []
+    together: list[tuple[Node, list[Band]]] = []
+    for _ in range(8):
+        column = _columns(drawing, apart)
         order = _order(drawing, column)
         for node, bands in together:
             beyond = {id(band): order[id(_beyond(band, node))] for band in bands}
@@ -65,9 +64,36 @@ def place(drawing: Drawing) -> Places:
             middle = statistics.median(anchors)
             for number, band in enumerate(sorted(bands, key=lambda band: beyond[id(band)])):
                 order[id(band)] = middle + (number + 1) / (2 * len(bands) + 2)
+        clashes = _clashes(drawing, column, order)
+        routes = [] if clashes else _route(drawing, column, order)
+        if not clashes and not routes:
+            break
+        apart += clashes
+        together += routes
+    else:
+        column = _columns(drawing, apart)
+        order = _order(drawing, column)
     places = Places(column, order, [])
     places.wrap(drawing, [(0, max(column.values(), default=0))])
     return places
+
+
+def _clashes(drawing: Drawing, column: dict[int, int], order: dict[int, float]) -> list[tuple[Node, Node]]:
+    """Nodes that stand where wires bend: (a, b), where b is to stand in a later column than a."""
+    columns: dict[int, list[tuple[Node, float, float]]] = {}
+    for node in drawing.nodes:
+        numbers = [order[id(band)] for band in (*node.ins, *node.outs)]
+        if numbers and node.kind not in ("input", "output"):
+            columns.setdefault(column[id(node)], []).append((node, min(numbers), max(numbers)))
+    found: list[tuple[Node, Node]] = []
+    for nodes in columns.values():
+        for bends, low, high in nodes:
+            if bends.kind not in ("copy", "route", "merge"):
+                continue
+            for other, its_low, its_high in nodes:
+                if other.kind not in ("copy", "route", "merge") and low < its_low and its_high < high:
+                    found.append((other, bends) if bends.kind == "merge" else (bends, other))
+    return found
 
 
 def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) -> list[tuple[Node, list[Band]]]:
@@ -96,11 +122,17 @@ def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) ->
             continue
         at = column[id(node)]
         ins, outs = foreign(node.ins, at - 1, at - 1), foreign(node.outs, at, at)
-        if ins:
+        led = {side for side, bands in (("ins", node.ins), ("outs", node.outs)) for b in bands if _is_led(b, node)}
+        if ins and "ins" not in led:
             wanted.append((node, "ins"))
-        if outs or foreign([*node.ins, *node.outs], at - 1, at):
+        if (outs or foreign([*node.ins, *node.outs], at - 1, at)) and "outs" not in led:
             wanted.append((node, "outs"))
     return [(node, [_cut(drawing, band, node) for band in list(getattr(node, side))]) for node, side in wanted]
+
+
+def _is_led(band: Band, node: Node) -> bool:
+    """Whether a band of a node comes from a route, or goes to one."""
+    return (band.source if band.target is node else band.target).kind == "route"
 
 
 def _cut(drawing: Drawing, band: Band, node: Node) -> Band:
@@ -134,8 +166,16 @@ def _beyond(band: Band, node: Node) -> Band:
     return band.source.ins[0] if band.target is node else band.target.outs[0]
 
 
-def _columns(drawing: Drawing) -> dict[int, int]:
-    """Longest-path layers; a plate that needs what another makes stands to the right of all of that."""
+def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]:
+    """Longest-path layers; a plate that needs what another makes stands to the right of all of that.
+
+    Args:
+        drawing: what is drawn.
+        apart: (a, b) where b is to stand to the right of a as well.
+    """
+    later: dict[int, list[Node]] = {}
+    for a, b in apart:
+        later.setdefault(id(b), []).append(a)
     around = {name: set(node.plates[:level]) for node in drawing.nodes for level, name in enumerate(node.plates)}
     upstream: dict[int, set[str]] = {}
     after: dict[str, set[str]] = {}
@@ -148,12 +188,17 @@ def _columns(drawing: Drawing) -> dict[int, int]:
             after.setdefault(name, set()).update(other for other in reached if name not in around[other])
     column: dict[int, int] = {}
     ends: dict[str, int] = {}
-    for node in drawing.nodes:
-        before = [column[id(band.source)] for band in node.ins]
-        before += [ends[other] for name in node.plates for other in after.get(name, ()) if other in ends]
-        column[id(node)] = max(before, default=-1) + 1
-        for name in node.plates:
-            ends[name] = max(ends.get(name, 0), column[id(node)])
+    for _ in range(8 if apart else 1):  # until nothing moves: a may come after b in the run
+        known = dict(column)
+        for node in drawing.nodes:
+            before = [column[id(band.source)] for band in node.ins]
+            before += [ends[other] for name in node.plates for other in after.get(name, ()) if other in ends]
+            before += [known[id(a)] for a in later.get(id(node), ()) if id(a) in known]
+            column[id(node)] = max(before, default=-1) + 1
+            for name in node.plates:
+                ends[name] = max(ends.get(name, 0), column[id(node)])
+        if column == known:
+            break
     last = max(column.values(), default=0)
     for node in drawing.nodes:
         if node.kind == "output":

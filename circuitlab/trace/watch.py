@@ -218,7 +218,9 @@ class Recorder(TorchFunctionMode):
         if plan is None:
             plan = _plans[func] = _plan(func)
         name, rule, replacement = plan
-        if name in _BY_SHAPE:  # the other operand gives its shape and nothing else
+        if name == "to" and len(args) == 2 and isinstance(args[1], torch.Tensor):
+            name = "type_as"
+        if name in _BY_SHAPE:  # the other operand gives its shape or type and nothing else
             function, needed = _BY_SHAPE[name]
             other = (args[1:] or (*kwargs.values(),))[0]
             return self.__torch_function__(function, types, (args[0], needed(other)))
