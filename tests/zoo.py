@@ -654,3 +654,10 @@ def _(self, x):
 def _(self, x):
     y = self.a(x).repeat_interleave(2, -1)
     return torch.cat(y.chunk(3, -1)[::-1], -1), F.pad(self.a(x), (1, 1))[:, :3]
+
+
+@style("masked_rows", x(4, 3), x(2, 5))
+def _(self, a, b):
+    c = a.clone()
+    c[a[:, 0] > 0] = 1.0
+    return a[a[:, 0] > -9], b[:, b[0] > 0], a[a > 0], c

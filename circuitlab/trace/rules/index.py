@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, elementwise, set_role
+from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, set_role
 from circuitlab.trace.rules.pointwise import pointwise
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -76,9 +76,24 @@ class _Read:
             set_role(self.slots[axis], "indexed")
             self.out.append(self.pattern.new(self.w, len(item), "indexed", "picked", self.event.name))
             self.kind = "index"
+        elif isinstance(item, Operand) and self.event.fn == "getitem":
+            return self._mask(item, axis)
         else:
             raise NoRuleError
         return 1
+
+    def _mask(self, mask: Operand, axis: int) -> int:
+        """Entries where a mask is true: how many there are depends on the data, so they are a new wire."""
+        if self.gathers or self.kind == "gather" or mask.ndim == 0:
+            raise NoRuleError
+        for offset, dim in enumerate(mask.dims):
+            self.w.unify(self.input.dims[axis + offset], dim)
+            set_role(self.slots[axis + offset], "ordered")
+        self.pattern.ins[mask.slot] = self.slots[axis : axis + mask.ndim]
+        count = self.event.outs[0].shape[len(self.out)]
+        self.out.append(self.pattern.new(self.w, count, "created", "found", self.event.name))
+        self.kind = "gather"
+        return mask.ndim
 
     def _slice(self, item: slice, axis: int, size: int) -> None:
         if any(v is not None and not isinstance(v, int) for v in (item.start, item.stop, item.step)):
@@ -147,10 +162,17 @@ def getitem(w: Wires, event: Event, input: Operand, index: Any) -> Pattern:
 
 def setitem(w: Wires, event: Event, input: Operand, index: Any, value: Any) -> Pattern:
     """``x[index] = value``: x with some entries replaced; dimensions that the index leaves whole pass."""
-    if isinstance(index, Operand) and index.value.dtype == "bool" and index.ndim == input.ndim:
+    if isinstance(index, Operand) and index.value.dtype == "bool" and index.ndim:
         if isinstance(value, Operand) and value.ndim:
             raise NoRuleError  # as many values as there are entries: in their order
-        return elementwise(w, event, event.operands, input.shape)  # a choice entry by entry
+        pattern = Pattern("elementwise")  # a choice entry by entry
+        slots = pattern.take(input)
+        for letters, dim in zip(slots, index.dims, strict=False):
+            w.unify([atom for letter in letters for atom in letter.atoms], dim)
+            set_role(letters, "diagonal")
+        pattern.ins[index.slot] = slots[: index.ndim]
+        pattern.out(slots)
+        return pattern
     pattern = Pattern("box")
     read = _Read(w, event, pattern, input, index)
     whole = {id(letter) for letters in read.out for letter in letters if letter.role in ("broadcast", "diagonal")}
