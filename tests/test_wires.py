@@ -156,3 +156,22 @@ def test_jaxtyping_annotations_name_the_axes():
 
     circuit = cl.trace(Model(), torch.zeros(2, 3, 4))
     assert list(circuit.wires) == ["sentences", "words", "features"]
+
+
+def test_numbers_that_go_through_python_are_seen_to_leave():
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x * x.max().item()
+
+    circuit = cl.trace(Scaled(), torch.randn(3, 4))
+    assert [op.fn for op in circuit.ops] == ["max", "item", "mul"]
+    folded = circuit.text(depth=0)
+    assert "over" not in folded  # no wire passes over the module as a whole
+
+    class Numpy(nn.Module):
+        def forward(self, x):
+            return torch.as_tensor(x.detach().numpy() * 2)
+
+    circuit = cl.trace(Numpy(), torch.randn(3))
+    assert [op.fn for op in circuit.opaque] == ["as_tensor"]
+    assert "hatch" in circuit.svg()

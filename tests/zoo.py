@@ -661,3 +661,9 @@ def _(self, a, b):
     c = a.clone()
     c[a[:, 0] > 0] = 1.0
     return a[a[:, 0] > -9], b[:, b[0] > 0], a[a > 0], c
+
+
+@style("numbers_through_python", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    y = self.a(x)
+    return y * y.max().item() if float(y.sum()) > -1e9 else y

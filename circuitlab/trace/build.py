@@ -106,9 +106,10 @@ def build(
 
 
 def _needed(recording: Recording) -> list[Event]:
-    """The events that an output depends on."""
+    """The events that an output depends on, or may depend on through Python."""
     needed: set[int] = set()
     pending = [value.event for value in recording.outputs if value.event is not None]
+    pending += [event for event in recording.events if event.rule is rules.leave]
     while pending:
         event = pending.pop()
         if id(event) not in needed:

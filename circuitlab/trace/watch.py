@@ -47,6 +47,9 @@ _BY_SHAPE = {
 
 LARGE = 1 << 20
 """Numbers of more entries than this are not computed in a meta run."""
+_LEAVING = frozenset("item tolist bool float int index complex numpy array equal allclose is_nonzero".split())
+"""Functions that give numbers to Python, where we cannot follow them."""
+
 _KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
 
 
@@ -153,7 +156,8 @@ class Recorder(TorchFunctionMode):
         count = event.block.counts[event.fn] = event.block.counts.get(event.fn, 0) + 1
         name = f"{event.block.name}.{event.fn}" if event.block.name else event.fn
         event.name = self._name(name if count == 1 else f"{name}_{count}")
-        static, learned = bool(event.operands) or event.rule is not rules.opaque, False
+        static = bool(event.operands) or (event.rule is not rules.opaque and not _has_array(event.args))
+        learned = False
         for operand in event.operands:
             static = static and operand.value.static
             learned = learned or operand.value.learned
@@ -247,10 +251,14 @@ class Recorder(TorchFunctionMode):
         if name == "setitem":
             result = args[0]
         elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
+            if name in _LEAVING and not all(operand.value.static for operand in operands):
+                self._left(name, template, operands)
             return result
         plain = isinstance(result, torch.Tensor)
         tensors = [result] if plain else [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         if not tensors:
+            if name in _LEAVING and not all(operand.value.static for operand in operands):
+                self._left(name, template, operands)
             return result
         if self.meta and not all(tensor.is_meta for tensor in tensors):
             result = _map(result, self._twin)
@@ -296,6 +304,12 @@ class Recorder(TorchFunctionMode):
                 entry.number = number
                 entry.seen = entry.parent.version if entry.parent else 0
         return event
+
+    def _left(self, name: str, template: tuple[Any, ...], operands: list[Operand]) -> None:
+        """Numbers went to Python: an op without results, so that it is seen where they went out of sight."""
+        block = self.nest.here(sys._getframe(2))
+        fn = name if name in ("tolist", "numpy", "equal", "allclose") else "item"
+        self._event(Event(fn, rules.leave, template, {}, operands, [], block, self.nest.source()))
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Run the function; what `after` shall know of its arguments, and its result."""
@@ -472,6 +486,13 @@ def _entered(func: Any) -> Callable[..., Any] | None:
     made = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
     made.__kwdefaults__ = func.__kwdefaults__
     return made
+
+
+def _has_array(value: Any) -> bool:
+    """Whether a NumPy array is among arguments: nobody knows what it was computed from."""
+    if isinstance(value, (tuple, list)):
+        return any(_has_array(item) for item in value[:16])
+    return type(value).__module__ == "numpy"
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

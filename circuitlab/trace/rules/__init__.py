@@ -37,6 +37,14 @@ def opaque(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     return pattern
 
 
+def leave(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
+    """Numbers given to Python: whatever is done with them there, these wires were looked at entry by entry."""
+    pattern = Pattern("box")
+    for operand in event.operands:
+        pattern.take(operand, "ordered")
+    return pattern
+
+
 write = shape.diagonal_write
 
 _NAMES: dict[Rule, str] = {
@@ -215,4 +223,4 @@ def _fits(event: Event, pattern: Pattern) -> None:
 
 
 
-__all__ = ["TABLE", "Letter", "Operand", "Pattern", "apply", "in_place", "lookup", "name_of", "opaque", "write"]
+__all__ = ["TABLE", "Letter", "Operand", "Pattern", "apply", "in_place", "leave", "lookup", "name_of", "opaque", "write"]

@@ -355,6 +355,8 @@ def index_add(w: Wires, event: Event, input: Operand, dim: int, index: Operand, 
 
 def created(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     """New arrays: every dimension is a new wire. All entries alike (zeros), or positions matter (arange, rand)."""
+    if not event.operands and any(type(a).__module__ == "numpy" and hasattr(a, "shape") for a in args):
+        raise NoRuleError  # from where we cannot see
     uniform = event.fn in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
     random = event.fn.startswith(("rand", "normal"))
     pattern = Pattern("random" if random else "create")
