@@ -201,6 +201,7 @@ class Circuit:
         wires: name -> `Wire`.
         root: the outermost `Block`.
         inputs, outputs: names of the tensors that go in and come out.
+        returns: where each output stands in what forward returned: "logits", "[1][0]", "" for a bare tensor.
         device: "meta" (no numbers were computed) or "live".
     """
 
@@ -212,6 +213,7 @@ class Circuit:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     device: str = "live"
+    returns: tuple[str, ...] = ()
 
     # look-ups -----------------------------------------------------------------------------------------
 
@@ -253,6 +255,11 @@ class Circuit:
             for name in dict.fromkeys(op.inputs):
                 found.setdefault(name, []).append(op.name)
         return {name: tuple(ops) for name, ops in found.items()}
+
+    def returned(self, output: str) -> str:
+        """What to call an output: its name in what forward returned, else what made it."""
+        path = dict(zip(self.outputs, self.returns, strict=False)).get(output, "")
+        return output.rpartition(".")[2] if path[:1] in ("", "[") else path
 
     @property
     def opaque(self) -> tuple[Op, ...]:
@@ -297,7 +304,8 @@ class Circuit:
                 pending.extend(new)
         wires = {name: wire for name, wire in self.wires.items() if name in names}
         return replace(
-            self, title=block.title, ops=ops, tensors=tensors, wires=wires, root=block, inputs=inputs, outputs=outputs
+            self, title=block.title, ops=ops, tensors=tensors, wires=wires, root=block, inputs=inputs, outputs=outputs,
+            returns=(),
         )
 
     # data ---------------------------------------------------------------------------------------------
@@ -437,6 +445,7 @@ def _read_circuit(data: dict[str, Any]) -> Circuit:
         inputs=data["inputs"],
         outputs=data["outputs"],
         device=data["device"],
+        returns=data.get("returns", ()),
     )
 
 

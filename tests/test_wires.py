@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.zoo import ZOO
+
 import circuitlab as cl
+from circuitlab.diagram.layout import draw
 from circuitlab.gallery.gpt import GPT
 from circuitlab.gallery.llama import Llama
 
@@ -175,3 +178,27 @@ def test_numbers_that_go_through_python_are_seen_to_leave():
     circuit = cl.trace(Numpy(), torch.randn(3))
     assert [op.fn for op in circuit.opaque] == ["as_tensor"]
     assert "hatch" in circuit.svg()
+
+
+def test_what_chance_does_alike_to_all_leaves_wires_permutable():
+    model, (x,), _ = ZOO["chance"]()
+    circuit = cl.trace(model, x)
+    assert circuit.parameters["a.weight"][0][0].permutable
+    report = circuit.verify(model, x)
+    assert [claim.wire for claim in report.held if claim.kind == "permutable"] == ["f"]
+
+
+def test_an_empty_cache_is_nothing_and_outputs_have_their_own_names():
+    model, (x,), _ = ZOO["empty_cache"]()
+    circuit = cl.trace(model, x)
+    assert [op.kind for op in circuit.ops if op.fn == "cat"] == ["reindex"]
+    assert [circuit.returned(name) for name in circuit.outputs] == ["matmul", "cat"]
+    assert circuit.returns == ("[0]", "[1].cache[0].keys")
+    assert "1 more output is not drawn" in circuit.text()
+
+
+def test_a_long_skip_ends_at_a_flag():
+    model, (x,), _ = ZOO["dense"]()
+    words = [mark.text for mark in draw(cl.trace(model, x)).marks if mark.role == "flag"]
+    assert "→ C₁" in words
+    assert words.count("C₁ →") > 1

@@ -667,3 +667,24 @@ def _(self, a, b):
 def _(self, x):
     y = self.a(x)
     return y * y.max().item() if float(y.sum()) > -1e9 else y
+
+
+@style("chance", x(3, 6), a=linear(6, 8), b=linear(8, 6))
+def _(self, x):
+    hidden = F.dropout(self.a(x).relu(), 0.3, training=True)
+    hidden = hidden + 0.1 * torch.randn_like(hidden) * torch.rand(8)
+    return x + F.dropout1d(self.b(hidden), 0.1, training=True)
+
+
+@style("empty_cache", x(2, 5, 6), k=linear(6, 6))
+def _(self, x):
+    cache = torch.cat([torch.tensor([]), self.k(x)], dim=1)
+    return x @ cache.transpose(1, 2), {"cache": [{"keys": cache}]}
+
+
+@style("dense", x(3, 4), **{f"l{n}": linear(4 * n, 4) for n in range(1, 10)})
+def _(self, x):
+    found = [x]
+    for n in range(1, 10):
+        found.append(torch.relu(getattr(self, f"l{n}")(torch.cat(found, -1))))
+    return found[-1]

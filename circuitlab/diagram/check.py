@@ -50,7 +50,9 @@ def look(scene: Scene) -> Findings:
     texts = [(mark, text_box(mark)) for mark in scene.marks if mark.shape == "text" and mark.text.strip()]
     labels = [(mark, box) for mark, box in texts if mark.role == "label"]
     wires = [(mark, path_points(mark.d)) for mark in scene.marks if mark.shape == "path" and mark.role == "wire"]
-    solids = [m for m in scene.marks if m.shape == "rect" and m.role in ("glyph", "block") and m.fill not in ("", "paper")]
+    solids = [m for m in scene.marks if m.shape == "rect" and m.role in ("glyph", "block", "flag") and m.fill]
+    boxes = [(m, Box(m.x, m.y, m.x + m.w, m.y + m.h)) for m in solids]
+    brackets = [path_points(m.d) for m in scene.marks if m.role == "bracket"]
     layer = {id(mark): number for number, mark in enumerate(scene.marks)}
     overlaps = [
         f"{one.text!r} and {other.text!r} overlap at {box.left:.0f}, {box.top:.0f}"
@@ -58,7 +60,25 @@ def look(scene: Scene) -> Findings:
         for other, its in texts[n + 1 :]
         if box.overlaps(its, 2.0) and not _one_label(one, other)
     ]
+    overlaps += [
+        f"{one.op or one.block!r} stands on {other.op or other.block!r} at {box.left:.0f}, {box.top:.0f}"
+        for n, (one, box) in enumerate(boxes)
+        for other, its in boxes[n + 1 :]
+        if box.overlaps(its, 1.0) and (not one.op or one.op != other.op)
+    ]
+    overlaps += [
+        f"{mark.text!r} stands on {other.op or other.block!r} at {box.left:.0f}, {box.top:.0f}"
+        for mark, box in texts
+        for other, its in boxes
+        if mark.role in ("label", "title", "count") and box.overlaps(its, 2.0)
+    ]
     struck = [
+        f"a parenthesis runs through {mark.text!r} at {box.left:.0f}, {box.top:.0f}"
+        for mark, box in texts
+        for points in brackets
+        if mark.role in ("title", "label") and _enters(points, Box(box.left + 1, box.top + 2, box.right - 1, box.bottom - 2))
+    ]
+    struck += [
         f"the wire {wire.wire!r} runs through the label {mark.text!r} at {box.left:.0f}, {box.top:.0f}"
         for mark, box in labels
         for wire, points in wires

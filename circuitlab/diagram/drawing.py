@@ -40,7 +40,7 @@ class Node:
     Attributes:
         kind: "input", "output", "copy", "linear", "contract", "elementwise", "merge" (two arrays into one, entry by
             entry), "mask", "softmax", "norm", "reduce", "conv", "pool", "embedding", "index", "bar" (split, cat),
-            "box", "opaque" or "block".
+            "box", "opaque" or "block", "save" and "load" (flags of a skip that is too long to draw).
         label: its text. upper, lower: its superscript and subscript; of an input or output, upper is its name as it is
             drawn: "" where there is only one.
         op, block: names of what it stands for. plates: names of the unfolded blocks around it, outermost first.

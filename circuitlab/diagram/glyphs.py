@@ -30,7 +30,7 @@ def node_width(node: Node, places: Places) -> float:
     if node.kind == "merge":
         return max(18.0, curve)
     if node.kind == "linear":
-        return max(44.0 + max(width(node.upper, 11) - 12, 0), curve + 14)
+        return max(_plate_width(node), curve + 14)
     if node.kind == "contract":
         return _arc_width(node) + curve
     if node.kind == "block":
@@ -39,13 +39,22 @@ def node_width(node: Node, places: Places) -> float:
         return max(58.0, curve)
     if node.kind == "norm":
         return max(34.0 if sum(len(node.acted(band)) for band in node.ins) < 2 else 62.0, curve)
-    if node.kind == "embedding":
-        return 30.0
     if node.kind == "conv":
-        return max(label + 22.0, 40.0, curve)
+        return max(_plate_width(node), curve)
     if node.kind == "bar":
         return 22.0 + curve
-    return max(label + 18.0, 34.0, curve)
+    if node.kind in ("save", "load"):
+        return width(node.label, 15) + 14.0
+    return max(_plate_width(node), curve)
+
+
+def _plate_width(node: Node) -> float:
+    """Width of a glyph that is a plate with a text: its column may be wider."""
+    if node.kind == "linear":
+        return 44.0 + max(width(node.upper, 11) - 12, 0)
+    if node.kind == "embedding":
+        return 30.0
+    return max(width(node.label + node.lower, 12, "title") + (22.0 if node.kind == "conv" else 18.0), 34.0)
 
 
 @dataclass
@@ -93,7 +102,7 @@ def draw_node(pen: Pen, spot: Spot) -> None:
     draw = {
         "copy": _copy, "route": _copy, "merge": _merge, "contract": _contract, "softmax": _softmax, "norm": _norm, "linear": _linear,
         "embedding": _linear, "elementwise": _elementwise, "mask": _elementwise, "block": _block, "bar": _bar,
-        "index": _index, "reduce": _reduce, "conv": _conv,
+        "index": _index, "reduce": _reduce, "conv": _conv, "save": _flag, "load": _flag,
     }.get(node.kind, _box)
     draw(pen, spot)
     if over:
@@ -256,7 +265,7 @@ def _extent(spot: Spot, pad: float) -> tuple[float, float]:
 def _linear(pen: Pen, spot: Spot) -> None:
     node = spot.node
     x = spot.middle
-    half = (spot.right - spot.left) / 2 - 6
+    half = _plate_width(node) / 2 - 6
     left, right = x - half, x + half
     _leads(pen, spot, left, right)
     low, high = _extent(spot, 13.0)
@@ -363,6 +372,16 @@ def _index(pen: Pen, spot: Spot) -> None:
         pen.text(left + wide / 2 - 1, y + 4, node.label, size=11, font="title", fill="paper")
 
 
+def _flag(pen: Pen, spot: Spot) -> None:
+    """Where an array is saved for later, or comes from a flag before."""
+    x = spot.middle
+    half = width(spot.node.label, 15) / 2 + 5
+    _leads(pen, spot, x - half, x + half)
+    low, high = _extent(spot, 10.0)
+    pen.add(Mark("rect", "flag", x=x - half, y=low, w=2 * half, h=high - low, r=3, fill="flag"))
+    pen.text(x, (low + high) / 2 + 5, spot.node.label, font="label", size=15, role="flag")
+
+
 def _reduce(pen: Pen, spot: Spot) -> None:
     x = spot.middle
     half = width(spot.node.label, 15, "label") / 2 + 2
@@ -375,7 +394,7 @@ def _reduce(pen: Pen, spot: Spot) -> None:
 
 def _conv(pen: Pen, spot: Spot) -> None:
     node = spot.node
-    half = (spot.right - spot.left) / 2 - 4
+    half = _plate_width(node) / 2 - 4
     x = spot.middle
     _leads(pen, spot, x - half, x + half)
     low, high = _extent(spot, 5.0)
@@ -390,7 +409,7 @@ def _conv(pen: Pen, spot: Spot) -> None:
 
 def _box(pen: Pen, spot: Spot) -> None:
     node = spot.node
-    half = (spot.right - spot.left) / 2 - 4
+    half = _plate_width(node) / 2 - 4
     x = spot.middle
     _leads(pen, spot, x - half, x + half)
     low, high = _extent(spot, 12.0)

@@ -176,7 +176,8 @@ class Heights:
             self._below(self.top[plate, row], top, 4.0)
             self._below(bottom, self.bottom[plate, row], 3.0)
         for inner, outer in zip(node.plates[1:], node.plates, strict=False):
-            self._below(self.top[outer, row], self.top[inner, row], _TITLE)
+            room = _TITLE + (12.0 if self.drawing.plates[inner][1] > 1 else 0.0)
+            self._below(self.top[outer, row], self.top[inner, row], room)
             self._below(self.bottom[inner, row], self.bottom[outer, row], 5.0)
         if node.plates:
             self._below(self.top[node.plates[-1], row], top, _TITLE - 4.0)
@@ -201,7 +202,7 @@ class Heights:
                 elif node.kind != "contract" and numbers and n > numbers[-1] and band in lower:
                     self._below(bottom, variable, _CLEAR, 1)
                     for (key, number), out in passed.items():
-                        if out == (id(band), n):
+                        if out == (id(band), n) and node.kind != "bar":  # what joined arrays share meets before the bar
                             self._below(bottom, self.y[key, row][number], _CLEAR, 1)
                 self._below(self.top[id(node), row], variable, 18.0)
                 self._below(variable, self.bottom[id(node), row], 10.0)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.drawing import Band, Drawing, Node
+from circuitlab.diagram.flags import raise_flags
 from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
 from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.metrics import width as text_width
@@ -28,7 +29,7 @@ _STRETCH = 1.2
 """A row may be this much wider than asked for if that saves a second one."""
 
 _DATA = {"input", "block", "merge", "linear", "embedding", "conv", "bar", "contract", "box", "opaque", "pool", "index",
-         "reduce"}
+         "reduce", "load"}
 """Nodes after which the array is labelled: it is new."""
 
 
@@ -74,6 +75,10 @@ def draw(
         shown, left_out = main_part(shown)
     drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch).drawing()
     page = _Page(shown, drawing, place(drawing), width)
+    long = page.long_bands()
+    if long:
+        raise_flags(drawing, long)
+        page = _Page(shown, drawing, place(drawing), width)
     page.draw(left_out_note(left_out))
     marks = page.pen.plates + page.pen.marks
     return Scene(
@@ -143,6 +148,12 @@ class _Page:
             self.height += 20.0
             self.width = max(self.width, text_width(note, 11, "title") + 2 * _MARGIN)
 
+    def long_bands(self) -> list[Band]:
+        """Arrays that would run through a whole row, from one before it to one after it."""
+        starts = [first for first, _ in self._breaks(self._widths())]
+        row = {column: sum(column >= first for first in starts) for column in range(self.places.columns)}
+        return [b for b in self.drawing.bands if row[self.column[id(b.target)]] - row[self.column[id(b.source)]] > 1]
+
     # columns to rows ----------------------------------------------------------------------------------
 
     def _sized(self) -> set[tuple[int, int]]:
@@ -157,7 +168,8 @@ class _Page:
         return found
 
     def _labelled(self, band: Band) -> bool:
-        return band.source.kind in _DATA
+        branch = band.source.kind == "copy" and not band.main and band.target.kind == "block"
+        return band.source.kind in _DATA or branch
 
     def _gap_widths(self) -> list[float]:
         """Room between columns, for labels and parentheses."""

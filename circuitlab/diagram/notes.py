@@ -17,7 +17,7 @@ def describe(circuit: Circuit, drawing: Drawing) -> str:
     """The drawing in words."""
     steps: list[str] = []
     for node in drawing.nodes:
-        if node.kind in ("input", "output", "copy", "route"):
+        if node.kind in ("input", "output", "copy", "route", "save", "load"):
             continue
         name = node.label or node.kind
         times = f" repeated {node.count} times" if node.count > 1 else ""

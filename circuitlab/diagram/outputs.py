@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from circuitlab.circuit import Block, Circuit
@@ -12,8 +13,9 @@ _FAMILY = 3
 def main_part(circuit: Circuit) -> tuple[Circuit, tuple[str, ...]]:
     """The circuit without its families of further outputs, and without what only they need.
 
-    A family is three or more outputs of one shape, made by the same line of code: key-value caches, the hidden states or
-    attention weights of each layer. Those of one family with the first output are all main.
+    A family is three or more outputs of one shape, made by the same line of code (the hidden states or attention
+    weights of each layer), or what lies deep in what forward returned (``past_key_values.layers[0].keys``). Those of one
+    family with the first output are all main.
 
     Returns:
         the circuit, and the outputs that were left out.
@@ -26,6 +28,7 @@ def main_part(circuit: Circuit) -> tuple[Circuit, tuple[str, ...]]:
             families.setdefault((op.fn, op.source, tensor.shape), []).append(name)
     first = circuit.outputs[0] if circuit.outputs else ""
     out = {name for found in families.values() if len(found) >= _FAMILY and first not in found for name in found}
+    out |= {n for n, path in zip(circuit.outputs, circuit.returns, strict=False) if _deep(path)} - {first}
     if not out:
         return circuit, ()
     outputs = tuple(name for name in circuit.outputs if name not in out)
@@ -38,7 +41,13 @@ def main_part(circuit: Circuit) -> tuple[Circuit, tuple[str, ...]]:
             pending.extend(circuit.tensor(read).op for read in circuit.op(name).inputs)
     kept = tuple(op for op in circuit.ops if op.name in needed)
     root = _pruned(circuit.root, needed)
-    return replace(circuit, ops=kept, root=root, outputs=outputs), tuple(n for n in circuit.outputs if n in out)
+    left = tuple(circuit.returned(n) for n in circuit.outputs if n in out)
+    returns = tuple(path for n, path in zip(circuit.outputs, circuit.returns, strict=False) if n not in out)
+    return replace(circuit, ops=kept, root=root, outputs=outputs, returns=returns), left
+
+
+def _deep(path: str) -> bool:
+    return len(re.findall(r"\w+", path)) > 2
 
 
 def _pruned(block: Block, needed: set[str]) -> Block:
@@ -52,4 +61,6 @@ def _pruned(block: Block, needed: set[str]) -> Block:
 
 def left_out_note(names: tuple[str, ...]) -> str:
     """What to say of outputs that were left out; "" if there are none."""
-    return f"{len(names)} more outputs are not drawn, such as {names[0]}" if names else ""
+    if not names:
+        return ""
+    return f"{len(names)} more output{'s are' if len(names) > 1 else ' is'} not drawn, such as {names[0]}"

@@ -89,6 +89,7 @@ def _clashes(drawing: Drawing, column: dict[int, int], order: dict[int, float]) 
     for nodes in columns.values():
         for bends, low, high in nodes:
             if bends.kind not in ("copy", "route", "merge"):
+                found += [(bends, flag) for flag, its, _ in nodes if flag.kind == "load" and low < its < high]
                 continue
             for other, its_low, its_high in nodes:
                 if other.kind not in ("copy", "route", "merge") and low < its_low and its_high < high:

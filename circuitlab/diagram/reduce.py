@@ -84,7 +84,7 @@ class Reducer:
         return [op for op in ops if not self._hidden(op)]
 
     def _hidden(self, op: Op) -> bool:
-        if op.kind == "reindex" or op.attrs.get("active") is False:
+        if _silent(op):
             return True
         return bool(op.outputs) and all(name in self.static for name in op.outputs)
 
@@ -162,7 +162,7 @@ class Reducer:
         found: dict[str, Op] = {}
         for reader in self.circuit.consumers.get(name, ()):
             op = self.circuit.op(reader)
-            if op.kind == "reindex" or op.attrs.get("active") is False:
+            if _silent(op):
                 found.update({o.name: o for out in op.outputs for o in self._readers(out)})
             else:
                 found[op.name] = op
@@ -193,7 +193,7 @@ class Reducer:
         live = self._live(self._ops(block))
         if len(live) == 1:
             return True
-        if any(op.kind not in ("elementwise", "reduce", "norm") for op in live):
+        if any(op.kind not in ("elementwise", "reduce", "norm", "random") for op in live):
             return False
         made = {name for op in live for name in op.outputs}
         read = {self.canonical(n) for op in live for n in op.inputs if n not in self.static}
@@ -222,7 +222,7 @@ class Reducer:
             return True
         for reader in self.circuit.consumers.get(name, ()):
             op = self.circuit.op(reader)
-            if op.kind == "reindex" or op.attrs.get("active") is False:
+            if _silent(op):
                 if any(self._read_outside(out, inside) for out in op.outputs):
                     return True
             elif reader not in inside:
@@ -246,13 +246,13 @@ class Reducer:
             return found
         tensor = self.circuit.tensor(name)
         op = self.circuit.op(tensor.op) if tensor.op else None
-        if op is None or not (op.kind == "reindex" or op.attrs.get("active") is False) or not op.inputs:
+        if op is None or not _silent(op) or not op.inputs:
             own = {(d, f): (name, d, f) for d, dim in enumerate(tensor.dims) for f in range(len(dim))}
             self._seen[name] = (name, own)
             return self._seen[name]
         number = op.outputs.index(name)
         slot = next((s for s, n in enumerate(op.inputs) if n not in self.static), 0)
-        if len(op.inputs) > 1 and number < len(op.inputs):
+        if len(op.outputs) > 1 and number < len(op.inputs):  # arrays broadcast to one shape
             slot = number
         base, places = self._resolve(op.inputs[slot])
         mapped: dict[tuple[int, int], Occurrence] = {}
@@ -308,7 +308,7 @@ class Reducer:
         several = len(self.circuit.outputs) > 1
         for name in self.circuit.outputs:
             if self.canonical(name) in made:
-                nodes.append(Node("output", label=name, upper=name.rpartition(".")[2] if several else ""))
+                nodes.append(Node("output", label=name, upper=self.circuit.returned(name) if several else ""))
         return nodes, made
 
     def _node(self, unit: _Unit) -> Node:
@@ -461,6 +461,12 @@ class _Classes:
         a, b = self.find(one), self.find(other)
         if a != b:
             self.parent[b] = a
+
+
+def _silent(op: Op) -> bool:
+    """Whether an op gives back the numbers that it got: reindexing, dropout in evaluation, a factor of one."""
+    one = op.fn in ("mul", "div") and op.attrs.get("scalar") == 1 and len(op.inputs) == 1
+    return op.kind == "reindex" or op.attrs.get("active") is False or one
 
 
 def _static(circuit: Circuit) -> frozenset[str]:

@@ -141,6 +141,7 @@ def _shape(circuit: Circuit, block: Block, static: frozenset[str], canonical: Ca
         name
         for op in ops
         for name in op.outputs
-        if name in circuit.outputs or any(reader not in names for reader in circuit.consumers.get(name, ()))
+        if name not in static
+        and (name in circuit.outputs or any(reader not in names for reader in circuit.consumers.get(name, ())))
     )
     return _Shape(hash(tuple(key)), tuple(reads), makes)

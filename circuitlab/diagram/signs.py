@@ -40,6 +40,8 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
         return Sign("linear", "L", _map_name(circuit, op, block), "+" if op.attrs.get("bias") else "")
     if op.kind == "elementwise":
         return _elementwise(circuit, op, block, static)
+    if op.kind == "random" and any(name not in static for name in op.inputs):
+        return Sign("elementwise", op.fn)
     if op.kind == "reduce":
         return Sign("reduce", _REDUCTIONS.get(op.fn, op.fn))
     if op.kind == "conv":
@@ -131,14 +133,21 @@ def _elementwise(circuit: Circuit, op: Op, block: Block | None, static: frozense
         functions = {step.fn for step in made}
         if op.fn in ("masked_fill", "where") or (op.fn == "add" and functions & {"masked_fill", "where", "tril", "triu"}):
             return Sign("mask", "causal" if _is_causal(circuit, made) else "mask")
-        source = _source(circuit, constants[-1], made)
-        return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {source or 'const'}")
+        source = _source(circuit, constants[-1], made) or "const"
+        last = next((s.fn for s in made if s.kind != "reindex" and "scalar" not in s.attrs), "")
+        if last in _CURVES:
+            source = f"{last} {source}"
+        return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {source}")
     if block is not None and block.kind == "module" and op.fn not in ("mul", "add", "sub", "div"):
         return Sign("elementwise", _name(block))
     scalar = op.attrs.get("scalar")
     if op.fn in ("mul", "add", "sub", "div", "pow") and isinstance(scalar, (int, float)):
         return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {scalar:.3g}")
     return Sign("elementwise", _GREEK.get(op.fn, op.fn))
+
+
+_CURVES = frozenset("cos sin tan exp log log2 sqrt rsqrt sigmoid tanh softplus relu silu gelu abs square reciprocal".split())
+"""Functions worth naming where a constant is made by them: rotary tables are cos and sin of frequencies."""
 
 
 def _history(circuit: Circuit, name: str) -> list[Op]:

@@ -82,10 +82,12 @@ def build(
     _prune(recording.root, kept)
     wires = _wires(atoms, named)
     places = places_of(tensors, wires)
-    outputs = tuple(dict.fromkeys(value.name for value in recording.outputs))
+    returns = {value.name: "" for value in recording.outputs}
+    for value, path in zip(recording.outputs, recording.returns, strict=False):
+        returns[value.name] = returns[value.name] or path
     inputs = tuple(value.name for value in recording.inputs)
     picked = {named[id(atom)].name for atom in atoms if atom.picked}
-    why = permutability(wires, ops, tensors, inputs, outputs, places, picked)
+    why = permutability(wires, ops, tensors, inputs, returns, places, picked)
     wires = {
         name: Wire(
             name, wire.label, wire.size, wire.kind, wire.group, wire.origin, not why[name], why[name], wire.parts,
@@ -100,8 +102,9 @@ def build(
         wires=wires,
         root=recording.root.freeze(),
         inputs=inputs,
-        outputs=outputs,
+        outputs=tuple(returns),
         device=recording.device,
+        returns=tuple(returns.values()),
     )
 
 

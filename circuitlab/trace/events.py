@@ -86,6 +86,7 @@ class Recording:
     values: list[Value] = field(default_factory=list[Value])
     inputs: list[Value] = field(default_factory=list[Value])
     outputs: list[Value] = field(default_factory=list[Value])
+    returns: list[str] = field(default_factory=list[str])
     device: str = "live"
 
 

@@ -230,13 +230,16 @@ def _is_batch(fact: _Facts, linear: bool) -> bool:
 def _learned_kind(fact: _Facts, learned: list[Event], is_output: bool) -> str:
     """Kinds of the axes that linear maps make and read."""
     has = fact.roles.__contains__
+    paired = has(("contract", "diagonal")) and fact.param is not None
+    if paired and has(("embedding", "created")):  # a bias for each head, looked up by distance
+        return "head"
     if has(("norm", "normalised")) and len(fact.created) + len(learned) > 2 or has(("embedding", "created")):
         return "width"
     if has(("contract", "contracted")):
         return "head_size"
     if (fact.repeated or fact.over > 1) and fact.param is not None and learned != fact.contracted[:0]:
         return "group"
-    if has(("contract", "diagonal")) and fact.param is not None:
+    if paired:
         return "head"
     if len(fact.created) > 2 or len(fact.contracted) > 2:
         return "width"
@@ -372,7 +375,9 @@ def _number(
         if number > 1:
             positional = BAR in known.label
             letters = "xyzstuw"
-            if positional and number <= len(letters):
+            if known.kind == "spatial":  # the same picture at another resolution
+                known.label += str(number - 1).translate(_SUBSCRIPTS)
+            elif positional and number <= len(letters):
                 known.label = letters[number - 1] + BAR
             else:
                 known.label += str(number).translate(_SUBSCRIPTS)

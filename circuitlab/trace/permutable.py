@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from circuitlab.circuit import Op, Tensor, Wire
 
 Part = tuple[int, int] | None
@@ -61,17 +63,21 @@ def permutability(
     ops: tuple[Op, ...],
     tensors: tuple[Tensor, ...],
     inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
+    returns: Mapping[str, str],
     places: WherePlaces,
     picked: set[str],
 ) -> dict[str, str]:
-    """For each wire "" if it is permutable, else the reason why not, for people."""
+    """For each wire "" if it is permutable, else the reason why not, for people.
+
+    ``returns`` holds the outputs, each with where it stands in what forward returned.
+    """
     why = dict.fromkeys(picked, "single entries of it are taken by their number")
-    ends = [(n, "is an axis of the input") for n in inputs] + [(n, "is an axis of the output") for n in outputs]
     by_name = {tensor.name: tensor for tensor in tensors}
-    for name, reason in ends:
+    ends = [(name, f"input {name!r}") for name in inputs]
+    ends += [(name, f"output {path or name!r}") for name, path in returns.items()]
+    for name, end in ends:
         for wire in _deep(by_name[name], wires):
-            why.setdefault(wire, f"it {reason} {name!r}")
+            why.setdefault(wire, f"it is an axis of the {end}")
     for op in ops:
         for axis in op.axes:
             if op.kind == "cat" and axis.role == "joined" and not axis.ins and not wires[axis.wire].parts:

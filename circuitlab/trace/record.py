@@ -198,9 +198,9 @@ def record(
         for hook in hooks:
             hook.remove()
     for path, tensor in tensors_in(output, torch.Tensor):
-        del path
         entry = recorder.entry(recorder._twin(tensor) if meta else tensor)
         recorder.recording.outputs.append(entry.value)
+        recorder.recording.returns.append(path)
     if not recorder.recording.outputs:
         raise InputError(
             f"{type(model).__name__}.forward returned no tensor (a {type(output).__name__}); "

@@ -21,6 +21,7 @@ from circuitlab.errors import InputError, VerificationError
 from circuitlab.trace.events import Event, tensors_in
 from circuitlab.trace.guard import random_state
 from circuitlab.trace.record import RunError, record
+from circuitlab.trace.rules import pointwise
 from circuitlab.trace.watch import Recorder
 
 _TESTED = PASSING_ROLES | {"contracted", "reduced", "normalised", "created"}
@@ -324,6 +325,24 @@ def _difference(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -
 # global claims -------------------------------------------------------------------------------------------
 
 
+class _Calm(Recorder):
+    """A run without chance: dropout does nothing, and noise drawn for each entry alike is one number for all.
+
+    That is as symmetric as the noise is as a distribution, so what permuting changes it changes here too.
+    """
+
+    def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if name.removesuffix("_") not in pointwise.RANDOM and name not in ("rand", "randn", "randint"):
+            return None, func(*args, **kwargs)
+        if "dropout" in name:
+            input = args[0] if args else kwargs["input"]
+            return None, input if name.endswith("_") or kwargs.get("inplace") else input.clone()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = func(*args, **kwargs)
+        return None, made.fill_(made.flatten()[0]) if made.numel() else made
+
+
 def _permutations(
     circuit: Circuit,
     model: torch.nn.Module,
@@ -338,10 +357,8 @@ def _permutations(
     if not wires:
         return
     if any(op.kind == "random" for op in circuit.ops):
-        results.untestable.extend(
-            Claim("permutable", wire.name, wire.name, why="the run draws random numbers") for wire in wires
-        )
-        return
+        _, calm = record(model, args, kwargs, meta=False, recorder_class=_Calm, prepare=_to_double if double else None)
+        output = [t.detach() for _, t in tensors_in(calm, torch.Tensor)]
     generator = torch.Generator().manual_seed(1)
     index = {wire.name: _index(wire.size, False, generator) for wire in wires}
 
@@ -351,7 +368,7 @@ def _permutations(
             _apply(circuit, copied, {name: index[name] for name in names}, fresh=not double)
             return values
 
-        _, got = record(model, args, kwargs, meta=False, prepare=prepare)
+        _, got = record(model, args, kwargs, meta=False, recorder_class=_Calm, prepare=prepare)
         found = [t for _, t in tensors_in(got, torch.Tensor)]
         return max((_difference(a, b, 1e-6) for a, b in zip(found, output, strict=True)), default=0.0)
 

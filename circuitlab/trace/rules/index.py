@@ -354,11 +354,11 @@ def index_add(w: Wires, event: Event, input: Operand, dim: int, index: Operand, 
 
 
 def created(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
-    """New arrays: every dimension is a new wire. All entries alike (zeros), or positions matter (arange, rand)."""
+    """New arrays: every dimension is a new wire. All entries alike (zeros, rand), or positions matter (arange)."""
     if not event.operands and any(type(a).__module__ == "numpy" and hasattr(a, "shape") for a in args):
         raise NoRuleError  # from where we cannot see
-    uniform = event.fn in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
     random = event.fn.startswith(("rand", "normal"))
+    uniform = (random and event.fn != "randperm") or event.fn in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
     pattern = Pattern("random" if random else "create")
     role = "created" if uniform else "ordered"
     for operand in event.operands:

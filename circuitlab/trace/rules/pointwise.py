@@ -61,7 +61,7 @@ def like(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> P
 
 
 def random(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
-    """Random numbers: entry by entry, but no two runs agree, so positions count."""
+    """Random numbers drawn for each entry alike: as a distribution, the same for each index (dropout, noise)."""
     training = kwargs.get("training", kwargs.get("train"))
     if training is None and "dropout" in event.fn:
         flags = [a for a in args if isinstance(a, bool)]
@@ -69,10 +69,7 @@ def random(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     if training is False:
         pattern = elementwise(w, event, event.operands[:1], event.outs[0].shape, "elementwise", active=False)
         return pattern
-    pattern = elementwise(w, event, event.operands, event.outs[0].shape, "random")
-    for column in pattern.outs[0]:
-        set_role(column, "ordered")
-    return pattern
+    return elementwise(w, event, event.operands, event.outs[0].shape, "random")
 
 
 def prelu(w: Wires, event: Event, input: Operand, weight: Operand) -> Pattern:

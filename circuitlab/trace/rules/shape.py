@@ -218,6 +218,13 @@ def cat(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
         if any(o.ndim < 2 and event.fn != "hstack" for o in operands) or dim == 99:
             raise NoRuleError
     axis = axis_of(dim, operands[0].ndim)
+    filled = [o for o in operands if o.shape[axis]]
+    if len(filled) == 1:  # put end to end with nothing: a cache that was empty
+        pattern = Pattern("reindex")
+        for operand in every:
+            pattern.take(operand, "joined")
+        pattern.out(pattern.take(filled[0]))
+        return pattern
     pattern = Pattern("cat", dim=axis)
     slots = _paired(w, pattern, operands, axis)
     joined: list[Dim] = [operand.dims[axis] for operand in operands]
