@@ -61,6 +61,5 @@ def _pruned(block: Block, needed: set[str]) -> Block:
 
 def left_out_note(names: tuple[str, ...]) -> str:
     """What to say of outputs that were left out; "" if there are none."""
-    if not names:
-        return ""
-    return f"{len(names)} more output{'s are' if len(names) > 1 else ' is'} not drawn, such as {names[0]}"
+    count = len(names)
+    return f"{count} more output{' is' if count == 1 else 's are'} not drawn, such as {next(iter(names))}" if names else ""
