@@ -104,7 +104,8 @@ def text_box(mark: Mark) -> Box:
     """Where a text is, from its measured width."""
     wide = width(mark.text, mark.size, mark.font)
     left = mark.x - {"middle": wide / 2, "end": wide}.get(mark.anchor, 0.0)
-    return Box(left, mark.y - 0.75 * mark.size, left + wide, mark.y + 0.22 * mark.size)
+    high = 0.9 if "\u0304" in mark.text else 0.75  # an overbar
+    return Box(left, mark.y - high * mark.size, left + wide, mark.y + 0.22 * mark.size)
 
 
 def path_points(d: str) -> np.ndarray:

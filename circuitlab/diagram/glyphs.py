@@ -202,8 +202,13 @@ def _contract(pen: Pen, spot: Spot) -> None:
 
 def _arc(pen: Pen, left: float, apex: float, y0: float, y1: float, wire: str) -> None:
     r = min(18.0, (y1 - y0) / 2)
-    far, top, low = number(apex), number(y0), number(y1)
-    d = f"M{number(left)} {top}C{far} {top} {far} {top} {far} {number(y0 + r)}V{number(y1 - r)}C{far} {low} {far} {low} {number(left)} {low}"
+    k = 0.45 * r  # of a quarter of a circle: its control points stand this far from the corner
+    start, far, near = number(apex - r), number(apex), number(apex - k)
+    top, low = number(y0), number(y1)
+    d = (
+        f"M{number(left)} {top}H{start}C{near} {top} {far} {number(y0 + k)} {far} {number(y0 + r)}"
+        f"V{number(y1 - r)}C{far} {number(y1 - k)} {near} {low} {start} {low}H{number(left)}"
+    )
     pen.add(Mark("path", "wire", wire=wire, d=d, stroke="ink", width=1.3))
 
 

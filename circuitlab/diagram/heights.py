@@ -180,7 +180,7 @@ class Heights:
             self._below(self.top[outer, row], self.top[inner, row], room)
             self._below(self.bottom[inner, row], self.bottom[outer, row], 5.0)
         if node.plates:
-            self._below(self.top[node.plates[-1], row], top, _TITLE - 4.0)
+            self._below(self.top[node.plates[-1], row], top, _TITLE + 2.0)
 
     def _glyph(self, node: Node, acted: set[tuple[int, int]]) -> None:
         """The glyph spans the tracks it acts on; what passes keeps clear of it, above or below."""

@@ -120,11 +120,15 @@ class _Page:
     def __post_init__(self) -> None:
         self.pen = Pen(self.circuit, self.drawing.signs)
         self.column = self.places.column
-        self.by_column: list[list[Node]] = [[] for _ in range(self.places.columns)]
-        for node in self.drawing.nodes:
-            self.by_column[self.column[id(node)]].append(node)
+        self.by_column = self._by_column()
         self.members = {name: [n for n in self.drawing.nodes if name in n.plates] for name in self.drawing.plates}
         self.sized = self._sized()
+
+    def _by_column(self) -> list[list[Node]]:
+        standing: list[list[Node]] = [[] for _ in range(self.places.columns)]
+        for node in self.drawing.nodes:
+            standing[self.column[id(node)]].append(node)
+        return standing
 
     def draw(self, note: str = "") -> None:
         """Put the marks on paper, and a note below them."""
@@ -204,7 +208,9 @@ class _Page:
         wide = self._widths()
         breaks = self._breaks(wide)
         if len(breaks) > 1:
+            breaks = self._late(breaks)
             self.places.wrap(self.drawing, breaks)
+            self.by_column = self._by_column()
             wide = self._widths()
         rows = [_Row(number, first, last) for number, (first, last) in enumerate(breaks)]
         self.left, self.right = [0.0] * len(wide), [0.0] * len(wide)
@@ -246,6 +252,20 @@ class _Page:
             rows.insert(0, (start, stop - 1))
             stop = start
         return rows
+
+    def _late(self, breaks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What begins a path at the end of a row begins the next instead, where it is used, in a column of its own."""
+        late: dict[int, list[Node]] = {}
+        for first, _ in breaks[1:]:
+            nodes = self.by_column[first - 1]
+            beginning = [node for node in nodes if not node.ins and node.outs]
+            if beginning and len(beginning) < len(nodes):
+                late[first] = beginning
+        for key, at in list(self.column.items()):
+            self.column[key] = at + sum(first <= at for first in late)
+        for node in itertools.chain(*late.values()):
+            self.column[id(node)] += 1
+        return [(a + sum(new < a for new in late), b + sum(new <= b for new in late)) for a, b in breaks]
 
     def _cuts(self, total: int) -> list[float]:
         """How much a break after each column cuts: wires, and plates about them."""

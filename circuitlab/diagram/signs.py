@@ -67,7 +67,7 @@ def part_of(sign: Sign, number: int, count: int) -> Sign:
     words = sign.upper.split("_")
     if len(sign.upper) == count:
         upper = sign.upper[number]
-    elif len(words) == count:
+    elif len(words) == count and "proj" not in words:
         upper = words[number]
     else:
         upper = f"{sign.upper}{number + 1}"
@@ -96,7 +96,7 @@ def letter_of(parameter: str) -> str:
     path = parameter.split(".")
     word = path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1] if path else ""
     low = word.lower()
-    for stem, sign in (("query_key_value", "QKV"), ("qkv", "QKV"), ("c_attn", "QKV"), ("in_proj", "QKV"),
+    for stem, sign in (("query_key_value", "QKV"), ("qkv", "QKV"), ("c_attn", "QKV"), ("in_proj_w", "QKV"),
                        ("query", "Q"), ("key", "K"), ("value", "V"), ("out", "O")):
         if low.startswith(stem):
             return sign

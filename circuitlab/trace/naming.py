@@ -43,6 +43,7 @@ class _Facts:
     repeated: bool = False
     pixel: bool = False  # a position of an image under a convolution
     over: int = 0  # products of data that it is broadcast over
+    factor: bool = False  # a linear map makes it together with another axis (heads and what is in each)
 
 
 # names that the user gives -------------------------------------------------------------------------------
@@ -150,6 +151,7 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
             seen.add(id(atom))
             if role == "created" and pattern.kind in ("linear", "conv", "embedding"):
                 fact.created.append(event)
+                fact.factor |= pattern.kind == "linear" and sum(a.role == "created" for a in axes.found) > 1
             if role == "contracted":
                 fact.contracted.append(event)
             if pattern.kind == "contract" and role == "broadcast":
@@ -179,6 +181,7 @@ def _inherit(facts: dict[int, _Facts], joined: list[Atom]) -> None:
                 if mine is not None:
                     mine.created = mine.created or whole.created
                     mine.param = mine.param or whole.param
+                    mine.factor |= bool(mine.created) and len(list(leaves(parts))) > 1
                     mine.roles |= {pair for pair in whole.roles if pair[1] == "created"}
 
 
@@ -237,13 +240,13 @@ def _learned_kind(fact: _Facts, learned: list[Event], is_output: bool) -> str:
         return "width"
     if has(("contract", "contracted")):
         return "head_size"
-    if (fact.repeated or fact.over > 1) and fact.param is not None and learned != fact.contracted[:0]:
+    if (fact.repeated or fact.over > 1) and fact.factor and learned:
         return "group"
-    if paired:
+    if paired and fact.factor:
         return "head"
     if len(fact.created) > 2 or len(fact.contracted) > 2:
         return "width"
-    if has(("contract", "broadcast")) and learned:
+    if has(("contract", "broadcast")) and learned and (fact.factor or not has(("elementwise", "diagonal"))):
         return "head_size"
     if fact.created and not learned and is_output:
         return "class"
@@ -374,7 +377,7 @@ def _number(
         chosen[id(atom)] = number
         if number > 1:
             positional = BAR in known.label
-            letters = "xyzstuw"
+            letters = "xyzsuw"
             if known.kind == "spatial":  # the same picture at another resolution
                 known.label += str(number - 1).translate(_SUBSCRIPTS)
             elif positional and number <= len(letters):
