@@ -144,6 +144,7 @@ class Op:
         axes: what it does to each axis.
         source: "file.py:line" of the author's code.
         attrs: plain values worth showing: kernel_size, stride, dim, scale, p, index ...
+        call: the call as Python, with ``$0``, ``$1`` ... for the inputs (`trace/calls.py`); "" if it cannot be written.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Op:
     axes: tuple[Axis, ...]
     source: str = ""
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    call: str = ""
 
 
 @dataclass(frozen=True)
@@ -370,6 +372,10 @@ class Circuit:
     def verify(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Test every claim on numbers. See `circuitlab.trace.verify.verify`."""
         return _late("trace.verify").verify(self, model, *args, **kwargs)
+
+    def to_torch(self, model: Any) -> Any:
+        """A module compiled from the circuit, sharing the model's parameters. See `circuitlab.trace.compile.to_torch`."""
+        return _late("trace.compile").to_torch(self, model)
 
     def permute(self, model: Any, permutations: Mapping[str, Any]) -> Any:
         """A copy of the model with wires permuted everywhere they sit. See `circuitlab.trace.verify.permute`."""

@@ -23,6 +23,11 @@ def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
     assert (tmp_path / "gpt.svg").exists()
 
 
+def test_readme_shows_the_code_that_is_written():
+    (shown,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown.strip() in (ROOT / "tests" / "golden" / "gpt.txt").read_text()
+
+
 def test_readme_pictures_are_up_to_date():
     named = re.findall(r'(?:src|srcset)="docs/pictures/([^"]+)"', (ROOT / "README.md").read_text())
     drawn = pictures()

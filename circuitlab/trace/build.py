@@ -8,6 +8,7 @@ from typing import Any
 
 from circuitlab.circuit import Axis, Circuit, Op, Place, Tensor, Wire
 from circuitlab.trace import naming, rules
+from circuitlab.trace.calls import call_text
 from circuitlab.trace.events import Event, Recording, Value
 from circuitlab.trace.nest import Building
 from circuitlab.trace.permutable import permutability, places_of
@@ -174,6 +175,7 @@ def _op(event: Event, pattern: Pattern, axes: Axes, named: dict[int, naming.Name
         axes=tuple([Axis(named[id(a.atom)].name, a.role, tuple(a.ins), tuple(a.outs)) for a in axes.found]),
         source=event.source,
         attrs={key: _plain(value) for key, value in pattern.attrs.items()},
+        call=call_text(event),
     )
 
 

@@ -63,7 +63,8 @@ class Operand:
 class Event:
     """One torch function call.
 
-    ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood.
+    ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood; ``func`` is what was called, None
+    where it is not a function of torch's; ``packed`` says that it gave its results in a tuple.
     """
 
     fn: str
@@ -75,6 +76,8 @@ class Event:
     block: Building
     source: str
     name: str = ""
+    func: Any = None
+    packed: bool = False
 
 
 @dataclass(eq=False)

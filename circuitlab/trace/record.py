@@ -181,7 +181,7 @@ def record(
     }
     real = {key: t for key, t in originals.items() if not t.is_meta and t.numel() <= LARGE and t.device.type == "cpu"}
     recorder = (recorder_class or Recorder)(copied, meta=meta, device=device, constants=constants, real=real)
-    for name, tensor in _named_inputs(copied, args, kwargs):
+    for name, tensor in named_inputs(copied.forward, args, kwargs):
         recorder.recording.inputs.append(recorder.add(tensor, recorder._name(name), "input"))
     hooks = (
         torch.nn.modules.module.register_module_forward_pre_hook(recorder.module_begins),
@@ -209,10 +209,10 @@ def record(
     return recorder, output
 
 
-def _named_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors among the inputs, named by forward's own parameters."""
+def named_inputs(forward: Any, args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:
+    """The tensors among the inputs, named by the parameters of a module's forward."""
     try:
-        signature = inspect.signature(model.forward)
+        signature = inspect.signature(forward)
         bound = dict(signature.bind(*args, **kwargs).arguments)
         for key, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:

@@ -3,7 +3,8 @@
 Two kinds of claim are tested. **Local**, for each axis of each op: for a broadcast or diagonal axis, running the op on
 any re-indexed operands (entries dropped and doubled) gives the re-indexed result; for a contracted, reduced or
 normalised axis the same holds for permutations. **Global**, for each permutable wire: permuting every parameter
-dimension it sits in leaves the module's outputs as they are. Numbers are float64 where the module allows it.
+dimension it sits in leaves the module's outputs as they are; and the circuit compiled back to code gives the module's
+outputs. Numbers are float64 where the module allows it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 
 from circuitlab.circuit import PASSING_ROLES, Circuit, Op, Place
 from circuitlab.errors import InputError, VerificationError
+from circuitlab.trace.compile import to_torch
 from circuitlab.trace.events import Event, tensors_in
-from circuitlab.trace.guard import random_state
+from circuitlab.trace.guard import copy_model, random_state
 from circuitlab.trace.record import RunError, record
 from circuitlab.trace.rules import pointwise
 from circuitlab.trace.watch import Recorder
@@ -33,7 +35,7 @@ class Claim:
 
     Attributes:
         kind: "broadcast", "diagonal", "contracted", "reduced", "normalised", "created" (of an op's axis),
-            "shape" (of an op) or "permutable" (of a wire).
+            "shape" (of an op), "permutable" (of a wire) or "compiled" (of the whole circuit).
         subject: name of the op or wire. wire: name of the wire. source: the author's line.
         error: largest difference found, relative to the largest number; None if it was not tested.
         why: where it failed or could not be tested, the reason.
@@ -105,6 +107,7 @@ def verify(circuit: Circuit, model: torch.nn.Module, *args: Any, seed: int = 0, 
         generator = torch.Generator().manual_seed(seed)
         tester, output, double = _watched(circuit, model, args, kwargs, generator)
         _permutations(circuit, model, args, kwargs, tester, output, double)
+        _compiled(circuit, model, args, kwargs, tester, output, double)
     return Report(
         tuple(tester.held), tuple(tester.failed), tuple(tester.untestable), "float64" if double else "as given"
     )
@@ -134,8 +137,7 @@ class _Tester(Recorder):
     generator: torch.Generator
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        kwargs = {key: item for key, item in kwargs.items() if key != "out"} if "out" in kwargs else kwargs
-        before = _cloned((tuple(args), dict(kwargs)))
+        before = _cloned((tuple(args), {key: item for key, item in kwargs.items() if key != "out"}))
         return before, func(*args, **kwargs)
 
     def after(self, event: Event, func: Any, before: Any, results: list[torch.Tensor]) -> None:
@@ -155,7 +157,7 @@ class _Tester(Recorder):
 
 def _watched(
     circuit: Circuit, model: torch.nn.Module, args: Any, kwargs: Any, generator: torch.Generator
-) -> tuple[_Results, list[torch.Tensor], bool]:
+) -> tuple[_Results, dict[str, torch.Tensor], bool]:
     """Run and test, in float64 if the module can."""
     failure: RunError | None = None
     for double in (True, False):
@@ -170,7 +172,7 @@ def _watched(
                 raise error.cause from None
             failure = error
             continue
-        return results, [t.detach() for _, t in tensors_in(output, torch.Tensor)], double
+        return results, _outputs(output), double
     assert failure is not None
     raise VerificationError(f"the module does not run on these inputs: {failure.cause}") from failure.cause
 
@@ -349,7 +351,7 @@ def _permutations(
     args: Any,
     kwargs: Any,
     results: _Results,
-    output: list[torch.Tensor],
+    output: dict[str, torch.Tensor],
     double: bool,
 ) -> None:
     """Test each permutable wire: all at once, and one by one if that fails."""
@@ -358,7 +360,7 @@ def _permutations(
         return
     if any(op.kind == "random" for op in circuit.ops):
         _, calm = record(model, args, kwargs, meta=False, recorder_class=_Calm, prepare=_to_double if double else None)
-        output = [t.detach() for _, t in tensors_in(calm, torch.Tensor)]
+        output = _outputs(calm)
     generator = torch.Generator().manual_seed(1)
     index = {wire.name: _index(wire.size, False, generator) for wire in wires}
 
@@ -369,8 +371,7 @@ def _permutations(
             return values
 
         _, got = record(model, args, kwargs, meta=False, recorder_class=_Calm, prepare=prepare)
-        found = [t for _, t in tensors_in(got, torch.Tensor)]
-        return max((_difference(a, b, 1e-6) for a, b in zip(found, output, strict=True)), default=0.0)
+        return _largest(_outputs(got), output)
 
     def settle(names: list[str]) -> None:
         try:
@@ -391,6 +392,47 @@ def _permutations(
             settle(names[half:])
 
     settle([wire.name for wire in wires])
+
+
+def _compiled(
+    circuit: Circuit,
+    model: torch.nn.Module,
+    args: Any,
+    kwargs: Any,
+    results: _Results,
+    output: dict[str, torch.Tensor],
+    double: bool,
+) -> None:
+    """Test whether the circuit's code gives what the module gave."""
+    claim: dict[str, Any] = {"kind": "compiled", "subject": circuit.title}
+    if any(op.kind == "random" for op in circuit.ops):
+        results.untestable.append(Claim(**claim, why="it is random"))
+        return
+    copied, values, _ = copy_model(model, (args, kwargs), meta=False)
+    if double:
+        values = _to_double(copied, values)
+    try:
+        with torch.no_grad():
+            got = to_torch(circuit, copied)(*values[0], **values[1])
+    except (InputError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        results.untestable.append(Claim(**claim, why=str(error)))
+        return
+    error = _largest(_outputs(got), {path: output[path] for path in circuit.returns})
+    tolerance = 10 * results.tolerance
+    why = "" if error <= tolerance else f"the circuit's code gives outputs that differ by {error:.2g}"
+    results.add(Claim(**claim, error=error, why=why), tolerance)
+
+
+def _outputs(value: Any) -> dict[str, torch.Tensor]:
+    """Where each array stands in what a forward returned -> the array."""
+    return {path: tensor.detach() for path, tensor in tensors_in(value, torch.Tensor)}
+
+
+def _largest(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest difference between outputs; infinite where one is missing."""
+    if got.keys() != expected.keys():
+        return float("inf")
+    return max((_difference(tensor, expected[path], 1e-6) for path, tensor in got.items()), default=0.0)
 
 
 def permute(circuit: Circuit, model: torch.nn.Module, permutations: Mapping[str, Any]) -> torch.nn.Module:

@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from circuitlab.trace import compose, nest, rules
+from circuitlab.trace.calls import writes
 from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
 from circuitlab.trace.guard import to_meta
 from circuitlab.trace.shapes import quick
@@ -191,7 +192,7 @@ class Recorder(TorchFunctionMode):
         outs = [Value("", out.shape, out.dtype, "value") for out in view.outs]
         self.recording.values.extend(outs)
         operands = [swap[slot] for slot in sorted(swap)]
-        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source)
+        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source, func=view.func, packed=view.packed)
         self._event(event)
         return event
 
@@ -204,9 +205,9 @@ class Recorder(TorchFunctionMode):
         out = Value("", parent.value.shape, parent.value.dtype, "value")
         self.recording.values.append(out)
         operands = [Operand(0, parent.value), Operand(1, entry.value)]
-        self._event(
-            Event("write", rules.write, (entry.view, *operands), {}, operands, [out], block, self.nest.source())
-        )
+        args = (entry.view, *operands)
+        number = {"number": entry.number}
+        self._event(Event("write", rules.write, args, number, operands, [out], block, self.nest.source()))
         parent.value = out
         parent.real = None
         self._written(parent, block)
@@ -252,20 +253,21 @@ class Recorder(TorchFunctionMode):
             result = args[0]
         elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
             if name in _LEAVING and not all(operand.value.static for operand in operands):
-                self._left(name, template, operands)
+                self._left(name, template, operands, result)
             return result
         plain = isinstance(result, torch.Tensor)
         tensors = [result] if plain else [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         if not tensors:
             if name in _LEAVING and not all(operand.value.static for operand in operands):
-                self._left(name, template, operands)
+                self._left(name, template, operands, result)
             return result
         if self.meta and not all(tensor.is_meta for tensor in tensors):
             result = _map(result, self._twin)
             tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         if name in _KEEPS_PLACE:
             return result
-        event = self._record(name, rule, template, named, operands, args, kwargs, tensors)
+        event = self._record(func, name, rule, template, named, operands, args, kwargs, tensors)
+        event.packed = not plain and name != "setitem"
         self.after(event, func, before, tensors)
         if real is not None and len(real) == len(tensors):
             for tensor, number in zip(tensors, real, strict=True):
@@ -274,6 +276,7 @@ class Recorder(TorchFunctionMode):
 
     def _record(
         self,
+        func: Any,
         name: str,
         rule: Any,
         template: tuple[Any, ...],
@@ -286,7 +289,7 @@ class Recorder(TorchFunctionMode):
         block = self.nest.here(sys._getframe(2))
         outs = [Value("", tuple(tensor.shape), _dtype(tensor.dtype), "value") for tensor in tensors]
         self.recording.values.extend(outs)
-        event = Event(name, rule, template, named, operands, outs, block, self.nest.source())
+        event = Event(name, rule, template, named, operands, outs, block, self.nest.source(), func=func)
         self._event(event)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         for number, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
@@ -294,7 +297,8 @@ class Recorder(TorchFunctionMode):
             if known is not None and known.ref() is tensor:
                 known.value = out
                 known.real = None
-                if kwargs.get("out") is not None or (rules.in_place(name) and tensor is first and name not in _VIEWS):
+                wrote = tensor is first and name not in _VIEWS and (rules.in_place(name) or writes(func, args, kwargs))
+                if kwargs.get("out") is not None or wrote:
                     self._written(known, block)
                 continue
             entry = self._bind(tensor, out)
@@ -305,11 +309,12 @@ class Recorder(TorchFunctionMode):
                 entry.seen = entry.parent.version if entry.parent else 0
         return event
 
-    def _left(self, name: str, template: tuple[Any, ...], operands: list[Operand]) -> None:
+    def _left(self, name: str, template: tuple[Any, ...], operands: list[Operand], result: Any) -> None:
         """Numbers went to Python: an op without results, so that it is seen where they went out of sight."""
         block = self.nest.here(sys._getframe(2))
         fn = name if name in ("tolist", "numpy", "equal", "allclose") else "item"
-        self._event(Event(fn, rules.leave, template, {}, operands, [], block, self.nest.source()))
+        kept = {"result": result} if isinstance(result, (bool, int, float, list)) else {}
+        self._event(Event(fn, rules.leave, template, kept, operands, [], block, self.nest.source()))
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Run the function; what `after` shall know of its arguments, and its result."""

@@ -1,4 +1,4 @@
-"""Golden scenes, drawn by both renderers. `python -m tests.golden` writes them anew; look at the pictures before you commit."""
+"""Golden scenes, drawn by both renderers, and golden code. `python -m tests.golden` writes them anew; look at the pictures before you commit."""
 
 import json
 from pathlib import Path
@@ -40,8 +40,20 @@ def hostile():
     return model
 
 
+def codes():
+    """Name -> the code of two circuits."""
+    made = {
+        "gpt": (gpt.GPT(), (torch.zeros(2, 16, dtype=torch.long),)),
+        "multi_head": (attention.MultiHeadAttention(), (torch.zeros(2, 7, 64), torch.zeros(2, 5, 64))),
+    }
+    for name, (model, inputs) in made.items():
+        yield name, cl.trace(model, *inputs).to_torch(model).code
+
+
 def write():
     """Write the golden files anew."""
+    for name, code in codes():
+        (FOLDER / f"{name}.txt").write_text(code)
     for name, scene in scenes():
         (FOLDER / f"{name}.json").write_text(json.dumps(scene.to_dict(), ensure_ascii=False, indent=0) + "\n")
         for theme in ("light", "dark"):

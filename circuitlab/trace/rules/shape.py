@@ -333,7 +333,7 @@ def meshgrid(w: Wires, event: Event, *tensors: Any, indexing: str = "ij", **kwar
     return pattern
 
 
-def diagonal_write(w: Wires, event: Event, view: Any, base: Operand, written: Operand) -> Pattern:
+def diagonal_write(w: Wires, event: Event, view: Any, base: Operand, written: Operand, number: int) -> Pattern:
     """The base of a view after the view was written to: same axes, and positions matter."""
     pattern = Pattern("box")
     slots = pattern.take(base, "ordered")
