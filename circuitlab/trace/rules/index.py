@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, set_role
+from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, cut_roles, set_role
 from circuitlab.trace.rules.pointwise import pointwise
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -108,9 +108,13 @@ class _Read:
         self.labels.append([start, stop] if step == 1 else [start, stop, step])
         dim = self.input.dims[axis]
         if step == 1 and count:
-            set_role(letters, "joined" if count > 1 else "indexed")
+            before = len(self.w.picks)
             try:
                 part = self.w.slice(dim, start, stop)
+                if count == 1:
+                    set_role(letters, "indexed")
+                else:
+                    self.slots[axis][:] = cut_roles(self.w, dim, before)
                 self.out.append([Letter("joined", part)] if part else [])
                 return
             except ClashError:

@@ -161,7 +161,9 @@ def scan(w: Wires, event: Event, input: Operand, dim: Any = None, *args: Any, **
 
 def order(w: Wires, event: Event, input: Operand, *args: Any, dim: int = -1, **kwargs: Any) -> Pattern:
     """sort, topk: the axis ends, and a new one begins whose order has a meaning."""
-    if event.fn == "topk":
+    if event.fn == "msort":
+        dim = 0
+    elif event.fn == "topk":
         dim = args[1] if len(args) > 1 else dim
     elif args and isinstance(args[0], int) and not isinstance(args[0], bool):
         dim = args[0]

@@ -13,6 +13,7 @@ from circuitlab.trace.rules.pattern import (
     Slots,
     axes_of,
     axis_of,
+    cut_roles,
     elementwise,
     regrouped,
     set_role,
@@ -142,12 +143,12 @@ def pieces(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) ->
     if len(event.outs) == 1:
         pattern.out(slots)
         return pattern
-    set_role(slots[axis], "joined")
-    start = 0
+    before, start = len(w.picks), 0
     for out in event.outs:
         size = out.shape[axis]
         pattern.out(_with_part(w, pattern, input, slots, axis, start, start + size, event))
         start += size
+    slots[axis] = cut_roles(w, input.dims[axis], before)
     return pattern
 
 
@@ -177,9 +178,12 @@ def narrow(w: Wires, event: Event, input: Operand, dim: int, start: Any, length:
     start %= max(input.shape[axis], 1)
     pattern = Pattern("slice", dim=axis, start=start, stop=start + length)
     slots = pattern.take(input)
-    if length != input.shape[axis]:
-        set_role(slots[axis], "joined" if length > 1 else "indexed")
+    before = len(w.picks)
     pattern.out(_with_part(w, pattern, input, slots, axis, start, start + length, event))
+    if length == 1:
+        set_role(slots[axis], "indexed")
+    elif length != input.shape[axis]:
+        slots[axis] = cut_roles(w, input.dims[axis], before)
     return pattern
 
 

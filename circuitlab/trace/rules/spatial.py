@@ -16,12 +16,12 @@ def _numbers(value: Any, count: int) -> list[int]:
 
 
 def _positions(
-    w: Wires, event: Event, pattern: Pattern, input: Operand, slots: Slots, count: int, alone: list[bool], slide: bool
+    w: Wires, event: Event, pattern: Pattern, input: Operand, slots: Slots, count: int, alone: list[bool], aligned: list[bool]
 ) -> Slots:
     """The position dimensions of a result.
 
     An axis that keeps its size stays the same axis: position i of the result is position i of the input. ``alone``
-    says where each position is computed from itself only; ``slide`` that windows were used.
+    says where each position is computed from itself only; ``aligned`` where windows move by one position at a time.
     """
     made: Slots = []
     first = input.ndim - count
@@ -31,7 +31,7 @@ def _positions(
             made.append(letters)
             continue
         set_role(letters, "windowed")
-        if size == input.shape[first + n]:
+        if size == input.shape[first + n] and aligned[n]:
             made.append(letters)
         else:
             origin = letters[0].atoms[0] if letters else None
@@ -93,7 +93,7 @@ def _convolve(
     alone = [k == 1 and s == 1 for k, s in zip(window, strides, strict=True)]
     windows = [[Letter("windowed", dim)] if dim else [] for dim in weight.dims[2:]]
     pattern.ins[weight.slot] = [rows[0], rows[1], *windows]
-    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    positions = _positions(w, event, pattern, input, slots, count, alone, [s == 1 for s in strides])
     if isinstance(bias, Operand):
         w.unify([atom for letter in columns for atom in letter.atoms], bias.dims[0])
         pattern.ins[bias.slot] = [columns]
@@ -159,8 +159,10 @@ def pool(w: Wires, event: Event, input: Operand, kernel_size: Any = None, stride
     window = _numbers(kernel_size, count) if isinstance(kernel_size, (int, tuple, list)) else None
     pattern = Pattern("pool", kernel=window, stride=_numbers(stride, count) if stride else window)
     slots = pattern.take(input)
-    alone = [k == 1 for k in window] if window else [False] * count
-    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    steps = _numbers(stride, count) if stride else window or [0] * count
+    # where the largest was is numbered along all positions
+    alone = [k == s == 1 and len(event.outs) == 1 for k, s in zip(window or [0] * count, steps, strict=True)]
+    positions = _positions(w, event, pattern, input, slots, count, alone, [s == 1 for s in steps])
     for _ in event.outs:
         pattern.out([*slots[: input.ndim - count], *positions])
     return pattern
@@ -177,8 +179,9 @@ def _adaptive(w: Wires, event: Event, input: Operand, count: int) -> Pattern:
         return pattern
     pattern = Pattern("pool")
     slots = pattern.take(input)
-    alone = [size == input.shape[input.ndim - count + n] for n, size in enumerate(sizes)]
-    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    same = [size == input.shape[input.ndim - count + n] for n, size in enumerate(sizes)]
+    alone = [kept and len(event.outs) == 1 for kept in same]
+    positions = _positions(w, event, pattern, input, slots, count, alone, same)
     for _ in event.outs:
         pattern.out([*slots[:-count], *positions])
     return pattern
@@ -189,7 +192,7 @@ def resize(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) ->
     count = input.ndim - 2
     pattern = Pattern("resize")
     slots = pattern.take(input)
-    positions = _positions(w, event, pattern, input, slots, count, [False] * count, False)
+    positions = _positions(w, event, pattern, input, slots, count, [False] * count, [True] * count)
     pattern.out([*slots[:2], *positions])
     return pattern
 
