@@ -63,7 +63,8 @@ class Operand:
 class Event:
     """One torch function call.
 
-    ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood.
+    ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood; ``probed`` are the axes that
+    `circuitlab.trace.probe` found of an op without a rule.
     """
 
     fn: str
@@ -75,6 +76,7 @@ class Event:
     block: Building
     source: str
     name: str = ""
+    probed: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False)

@@ -17,7 +17,17 @@ import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, VerificationError
-from circuitlab.trace.claims import Claim, Results, cloned, difference, draw_index, mapped, product_of, reindexed, test_op
+from circuitlab.trace.claims import (
+    Claim,
+    Results,
+    cloned,
+    difference,
+    draw_index,
+    mapped,
+    product_of,
+    reindexed,
+    test_op,
+)
 from circuitlab.trace.events import Event, tensors_in
 from circuitlab.trace.guard import random_state
 from circuitlab.trace.record import RunError, record

@@ -187,6 +187,35 @@ def _adaptive(w: Wires, event: Event, input: Operand, count: int) -> Pattern:
     return pattern
 
 
+def unpool(w: Wires, event: Event, input: Operand, indices: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Entries put back to where the largest were."""
+    count = int(next(c for c in event.fn if c.isdigit()))
+    pattern = Pattern("scatter")
+    slots = pattern.take(input)
+    for axis, (letters, one, other) in enumerate(zip(slots, input.dims, indices.dims, strict=True)):
+        w.unify(one, other)
+        set_role(letters, "diagonal" if axis < input.ndim - count else "ordered")
+    pattern.ins[indices.slot] = list(slots)
+    made = [pattern.new(w, size, "ordered", "positions", event.name) for size in event.outs[0].shape[-count:]]
+    pattern.out([*slots[: input.ndim - count], *made])
+    return pattern
+
+
+def spectrogram(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Spectra of windows of a signal, and back: a batch passes."""
+    pattern = Pattern("box")
+    for operand in event.operands:
+        pattern.take(operand, "ordered")
+    core = 1 if event.fn == "stft" else 3 if input.shape[-1] == 2 and not input.value.dtype.startswith("complex") else 2
+    slots = pattern.ins[input.slot]
+    lead = input.ndim - core
+    for letters in slots[:lead]:
+        set_role(letters, "broadcast")
+    made = [pattern.new(w, size, "ordered", "spectrum", event.name) for size in event.outs[0].shape[lead:]]
+    pattern.out([*slots[:lead], *made])
+    return pattern
+
+
 def resize(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
     """interpolate: positions are sampled anew."""
     count = input.ndim - 2
