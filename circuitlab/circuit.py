@@ -138,7 +138,7 @@ class Op:
         kind: its family: "linear" (product with a parameter), "contract" (product of data), "elementwise",
             "reindex" (view, permute, ...: no operation), "softmax", "norm", "reduce", "conv", "pool", "embedding",
             "index", "slice", "cat", "create", "random", "gather", "scatter", "sort", "scan", "resize", "box"
-            (has a rule but no glyph of its own) or "opaque" (no rule: nothing is claimed).
+            (has a rule but no glyph of its own) or "opaque" (no rule: nothing is claimed but what probing found).
         inputs: names of its tensor operands, parameters and constants included, in order of appearance.
         outputs: names of the tensors it made.
         axes: what it does to each axis.
@@ -265,7 +265,7 @@ class Circuit:
 
     @property
     def opaque(self) -> tuple[Op, ...]:
-        """The ops without a rule."""
+        """The ops without a rule; where ``attrs["probed"]`` is set, some of their axes were found by probing."""
         return tuple(op for op in self.ops if op.kind == "opaque")
 
     @cached_property

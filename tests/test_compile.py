@@ -12,7 +12,7 @@ from circuitlab.errors import InputError
 from circuitlab.gallery.gpt import GPT
 from circuitlab.trace.events import tensors_in
 from circuitlab.trace.record import named_inputs
-from circuitlab.trace.verify import _mapped
+from circuitlab.trace.claims import mapped
 
 DIFFERENT = {
     "residual_in_place",  # the model itself has no gradient: it writes to what backward needs
@@ -43,7 +43,7 @@ def grown(circuit, model, args, kwargs):
                 tensor, count = torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim), count + 1
         return tensor
 
-    changed = _mapped((args, kwargs), grow)
+    changed = mapped((args, kwargs), grow)
     return changed if count else None
 
 

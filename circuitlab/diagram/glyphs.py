@@ -119,9 +119,9 @@ def draw_node(pen: Pen, spot: Spot) -> None:
 def _terminal(pen: Pen, spot: Spot) -> None:
     """The name of an input or output, where there are several."""
     node = spot.node
-    if not node.upper:
-        return
     ys = spot.all_heights
+    if not node.upper or not ys:  # an input that nobody reads has no lines
+        return
     x, anchor = (spot.right - 6, "end") if node.kind == "input" else (spot.left + 6, "start")
     pen.text(x, (min(ys) + max(ys)) / 2 + 4, node.upper, size=11, fill="quiet", anchor=anchor, role="title")
 

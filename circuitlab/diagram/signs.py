@@ -57,8 +57,10 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
         return Sign("norm", _norm_name(op, block))
     if op.kind == "softmax":
         return Sign("softmax", "SoftMax" if op.fn == "softmax" else op.fn)
+    if op.kind == "opaque":
+        return Sign("opaque", f"{op.fn} (probed)" if op.attrs.get("probed") else op.fn)
     if op.kind in _KINDS:
-        return Sign(_KINDS[op.kind], op.fn if op.kind == "opaque" else "")
+        return Sign(_KINDS[op.kind])
     return Sign("box", {"getitem": "index", "setitem": "assign"}.get(op.fn, op.fn))
 
 

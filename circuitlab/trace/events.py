@@ -64,7 +64,8 @@ class Event:
     """One torch function call.
 
     ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood; ``func`` is what was called, None
-    where it is not a function of torch's; ``packed`` says that it gave its results in a tuple.
+    where it is not a function of torch's; ``packed`` says that it gave its results in a tuple; ``probed`` are the axes
+    that `circuitlab.trace.probe` found of an op without a rule.
     """
 
     fn: str
@@ -78,6 +79,7 @@ class Event:
     name: str = ""
     func: Any = None
     packed: bool = False
+    probed: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from circuitlab.circuit import Op, Tensor, Wire
 
@@ -30,32 +30,29 @@ def places_of(tensors: tuple[Tensor, ...], wires: dict[str, Wire]) -> WherePlace
         if tensor.kind not in ("parameter", "buffer"):
             continue
         for dim, names in enumerate(tensor.dims):
-            for factor, name in enumerate(names):
-                found.setdefault(name, []).append((tensor.name, dim, factor, None))
-            if names:
-                _inside(found, wires, tensor.name, dim, names, 0)
+            for name, factor, part in inside(wires, names):
+                found.setdefault(name, []).append((tensor.name, dim, factor, part))
     return {name: tuple(places) for name, places in found.items()}
 
 
-def _inside(
-    found: dict[str, list[tuple[str, int, int, Part]]],
-    wires: dict[str, Wire],
-    tensor: str,
-    dim: int,
-    names: tuple[str, ...],
-    offset: int,
-) -> None:
-    """Places in the parts of a dimension's leading wire."""
+def inside(wires: Mapping[str, Wire], names: tuple[str, ...]) -> Iterator[tuple[str, int, Part]]:
+    """The wires of a dimension, each with its factor position and None, and those in the parts of its leading wire."""
+    for factor, name in enumerate(names):
+        yield name, factor, None
+    if names:
+        yield from _in_parts(wires, names, 0)
+
+
+def _in_parts(wires: Mapping[str, Wire], names: tuple[str, ...], offset: int) -> Iterator[tuple[str, int, Part]]:
     inner = 1
     for name in names[1:]:
         inner *= wires[name].size
     for start, stop, parts in wires[names[0]].parts:
         part = (offset + start * inner, offset + stop * inner)
-        product = (*parts, *names[1:])
         for factor, name in enumerate(parts):
-            found.setdefault(name, []).append((tensor, dim, factor, part))
+            yield name, factor, part
         if parts:
-            _inside(found, wires, tensor, dim, product, part[0])
+            yield from _in_parts(wires, (*parts, *names[1:]), part[0])
 
 
 def permutability(

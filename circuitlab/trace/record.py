@@ -33,8 +33,8 @@ def trace(
         model: any ``nn.Module`` that runs eagerly.
         *args, **kwargs: inputs as its ``forward`` takes them.
         names: names for the axes of inputs, ``{"x": "batch seq"}``; "_" leaves one unnamed.
-        device: "meta" computes shapes only, without numbers or memory; "live" runs on the model's own device;
-            "auto" tries meta first. `Circuit.device` says which it was.
+        device: "meta" computes shapes only, without numbers or memory; "live" runs on the model's own device, and
+            probes ops without a rule in a second run; "auto" tries meta first. `Circuit.device` says which it was.
 
     Returns:
         the `Circuit`.
@@ -74,9 +74,26 @@ def trace(
         with random_state():
             recorder, _ = record(model, args, kwargs, meta=False)
         with no_collection():
-            return build(recorder.recording, model, names)
+            circuit = build(recorder.recording, model, names)
+        return _probed(circuit, model, args, kwargs, names) if circuit.opaque else circuit
     except RunError as failure:
         raise failure.to_user(model, "", names) from failure.cause
+
+
+def _probed(circuit: Circuit, model: torch.nn.Module, args: Any, kwargs: Any, names: Mapping[str, str] | None) -> Circuit:
+    """The circuit with what a second run finds out about its ops without a rule."""
+    from circuitlab.trace.probe import Prober
+
+    with random_state():
+        prober = type("Prober", (Prober,), {
+            "wanted": frozenset(op.name for op in circuit.opaque),
+            "functions": frozenset(op.fn for op in circuit.opaque),
+        })
+        recorder, _ = record(model, args, kwargs, meta=False, recorder_class=prober)
+    if not any(event.probed for event in recorder.recording.events):
+        return circuit
+    with no_collection():
+        return build(recorder.recording, model, names)
 
 
 def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> None:

@@ -2,51 +2,39 @@
 
 Two kinds of claim are tested. **Local**, for each axis of each op: for a broadcast or diagonal axis, running the op on
 any re-indexed operands (entries dropped and doubled) gives the re-indexed result; for a contracted, reduced or
-normalised axis the same holds for permutations. **Global**, for each permutable wire: permuting every parameter
-dimension it sits in leaves the module's outputs as they are; and the circuit compiled back to code gives the module's
-outputs. Numbers are float64 where the module allows it.
+normalised axis the same holds for permutations; see `circuitlab.trace.claims`. **Global**, for each permutable wire:
+permuting every parameter dimension it sits in leaves the module's outputs as they are; and the circuit compiled back to
+code gives the module's outputs. Numbers are float64 where the module allows it.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from circuitlab.circuit import PASSING_ROLES, Circuit, Op, Place
+from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, VerificationError
+from circuitlab.trace.claims import (
+    Claim,
+    Results,
+    cloned,
+    difference,
+    draw_index,
+    mapped,
+    product_of,
+    reindexed,
+    test_op,
+)
 from circuitlab.trace.compile import to_torch
 from circuitlab.trace.events import Event, tensors_in
 from circuitlab.trace.guard import copy_model, random_state
 from circuitlab.trace.record import RunError, record
 from circuitlab.trace.rules import pointwise
 from circuitlab.trace.watch import Recorder
-
-_TESTED = PASSING_ROLES | {"contracted", "reduced", "normalised", "created"}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One thing that a circuit says.
-
-    Attributes:
-        kind: "broadcast", "diagonal", "contracted", "reduced", "normalised", "created" (of an op's axis),
-            "shape" (of an op), "permutable" (of a wire) or "compiled" (of the whole circuit).
-        subject: name of the op or wire. wire: name of the wire. source: the author's line.
-        error: largest difference found, relative to the largest number; None if it was not tested.
-        why: where it failed or could not be tested, the reason.
-    """
-
-    kind: str
-    subject: str
-    wire: str = ""
-    source: str = ""
-    error: float | None = None
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,28 +104,15 @@ def verify(circuit: Circuit, model: torch.nn.Module, *args: Any, seed: int = 0, 
 # local claims --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Results:
-    held: list[Claim] = field(default_factory=list[Claim])
-    failed: list[Claim] = field(default_factory=list[Claim])
-    untestable: list[Claim] = field(default_factory=list[Claim])
-    tolerance: float = 1e-8
-
-    def add(self, claim: Claim, tolerance: float) -> None:
-        """Sort a tested claim by its error."""
-        bad = claim.error is None or not claim.error <= tolerance
-        (self.failed if bad else self.held).append(claim)
-
-
 class _Tester(Recorder):
     """Records a run, and tests each op's axes as it goes."""
 
     circuit: Circuit
-    results: _Results
+    results: Results
     generator: torch.Generator
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        before = _cloned((tuple(args), {key: item for key, item in kwargs.items() if key != "out"}))
+        before = cloned((tuple(args), {key: item for key, item in kwargs.items() if key != "out"}))
         return before, func(*args, **kwargs)
 
     def after(self, event: Event, func: Any, before: Any, results: list[torch.Tensor]) -> None:
@@ -152,17 +127,18 @@ class _Tester(Recorder):
                 f"the op {op.name!r} ({op.source}) made {[out.shape for out in event.outs]}, and the circuit says "
                 f"{[self.circuit.tensor(n).shape for n in op.outputs]}: verify with inputs of the shapes that were traced"
             )
-        _test_op(self, op, func, before, [tensor.detach().clone() for tensor in results])
+        copies = [tensor.detach().clone() for tensor in results]
+        test_op(self.circuit, op, func, before, copies, self.results, self.generator)
 
 
 def _watched(
     circuit: Circuit, model: torch.nn.Module, args: Any, kwargs: Any, generator: torch.Generator
-) -> tuple[_Results, dict[str, torch.Tensor], bool]:
+) -> tuple[Results, dict[str, torch.Tensor], bool]:
     """Run and test, in float64 if the module can."""
     failure: RunError | None = None
     for double in (True, False):
         tester = type("Tester", (_Tester,), {})
-        results = _Results()
+        results = Results()
         tester.circuit, tester.results, tester.generator = circuit, results, generator
         try:
             _, output = record(model, args, kwargs, meta=False, recorder_class=tester,
@@ -191,137 +167,14 @@ def _to_double(model: torch.nn.Module, values: Any) -> Any:
     twins: dict[int, torch.Tensor] = {}  # one tensor given twice stays one: modules ask whether keys are queries
 
     def double(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return twins.setdefault(id(tensor), tensor.to(torch.complex128))
         return twins.setdefault(id(tensor), tensor.double()) if tensor.is_floating_point() else tensor
 
-    return _mapped(values, double)
+    return mapped(values, double)
 
 
 _doubles: dict[int, torch.nn.Parameter] = {}
-
-
-def _mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(item, change) for item in value))
-    if type(value) in (tuple, list, torch.Size):
-        return type(value)(_mapped(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if type(value) is slice:
-        return slice(*(_mapped(item, change) for item in (value.start, value.stop, value.step)))
-    return value
-
-
-def _cloned(value: Any) -> Any:
-    return _mapped(value, lambda tensor: tensor.detach().clone())
-
-
-def _test_op(tester: _Tester, op: Op, func: Any, call: Any, results: list[torch.Tensor]) -> None:
-    """Test each axis of an op that has just run."""
-    if op.kind in ("opaque", "random", "create"):
-        if op.kind != "create":
-            tester.results.untestable.append(
-                Claim("shape", op.name, source=op.source, why="it has no rule" if op.kind == "opaque" else "it is random")
-            )
-        return
-    sizes = {name: wire.size for name, wire in tester.circuit.wires.items()}
-    inputs = [tester.circuit.tensor(name) for name in op.inputs]
-    outputs = [tester.circuit.tensor(name) for name in op.outputs]
-    tolerance = max(_tolerance(t.dtype) for t in (*results, *(t for _, t in tensors_in(call, torch.Tensor))))
-    tester.results.tolerance = max(tester.results.tolerance, tolerance)
-    floor = _floor(call)
-    for axis in op.axes:
-        if axis.role not in _TESTED or not axis.ins:
-            continue
-        size = sizes[axis.wire]
-        index = _index(size, axis.role in PASSING_ROLES, tester.generator)
-        claim: dict[str, Any] = {"kind": axis.role, "subject": op.name, "wire": axis.wire, "source": op.source}
-        numbers = iter(range(len(inputs)))
-
-        def changed(tensor: torch.Tensor) -> torch.Tensor:
-            number = next(numbers)
-            places = [place for place in axis.ins if place[0] == number]
-            return _reindexed(tensor.clone(), places, inputs[number].dims, sizes, index)
-
-        try:
-            arguments, keywords = _mapped(call, changed)
-            got = [t for _, t in tensors_in(_run(op, func, arguments, keywords), torch.Tensor)]
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            tester.results.untestable.append(Claim(**claim, why=f"it does not run re-indexed: {error}"))
-            continue
-        error = 0.0
-        for number, (result, dims) in enumerate(zip(results, outputs, strict=True)):
-            if number and axis.role == "reduced":
-                continue  # where the largest was: read by nobody, else the role were "ordered"
-            places = [place for place in axis.outs if place[0] == number]
-            expected = _reindexed(result, places, dims.dims, sizes, index)
-            error = max(error, _difference(got[number], expected, floor))
-        why = "" if error <= tolerance else f"re-indexing {axis.wire} ({axis.role}) changes the result by {error:.2g}"
-        tester.results.add(Claim(**claim, error=error, why=why), tolerance)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """The error that rounding may make, with room: a module may compute in less than float64 inside."""
-    return 1e-8 if not dtype.is_floating_point else max(1e-8, 500 * torch.finfo(dtype).eps)
-
-
-def _run(op: Op, func: Any, args: Any, kwargs: Any) -> Any:
-    result = func(*args, **kwargs)
-    return args[0] if result is None and op.fn == "setitem" else result
-
-
-def _index(size: int, any_map: bool, generator: torch.Generator) -> torch.Tensor:
-    """A random permutation, or for broadcast axes any map: some entries twice, some dropped."""
-    index = torch.randperm(size, generator=generator)
-    if any_map:
-        index[-1] = index[0]
-        return index
-    return index if not torch.equal(index, torch.arange(size)) else index.flip(0)
-
-
-def _reindexed(
-    tensor: torch.Tensor,
-    places: list[Place],
-    dims: tuple[tuple[str, ...], ...],
-    sizes: Mapping[str, int],
-    index: torch.Tensor,
-) -> torch.Tensor:
-    """The tensor with entries of the axis at these places chosen by the index."""
-    for _, dim, factor in places:
-        product = [sizes[name] for name in dims[dim]]
-        tensor = _permuted(tensor, dim, product, factor, index)
-    return tensor
-
-
-def _permuted(tensor: torch.Tensor, dim: int, product: list[int], factor: int, index: torch.Tensor) -> torch.Tensor:
-    shape = tensor.shape
-    wide = tensor.reshape(*shape[:dim], *product, *shape[dim + 1 :])
-    return wide.index_select(dim + factor, index.to(tensor.device)).reshape(shape)
-
-
-def _floor(call: Any) -> float:
-    """Results much smaller than the operands are rounding: the mean of what was normalised is 1e-17, not a number."""
-    sizes = [t.detach().nan_to_num(0, 0, 0).abs().max() for _, t in tensors_in(call, torch.Tensor)
-             if t.is_floating_point() and t.numel()]
-    return 1e-4 * max((float(size) for size in sizes), default=0.0)
-
-
-def _difference(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """Largest difference relative to the largest number; infinite where shapes or not-a-numbers disagree."""
-    if got.shape != expected.shape:
-        return float("inf")
-    if not got.numel():
-        return 0.0
-    if not (got.is_floating_point() or got.is_complex()):
-        return 0.0 if torch.equal(got, expected) else float("inf")
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    if bool(same.all()):
-        return 0.0
-    gap = torch.where(same, torch.zeros_like(got), got - expected).abs()
-    scale = torch.where(expected.isfinite(), expected, torch.zeros_like(expected)).abs().max()
-    value = float(gap.max() / scale.clamp_min(max(floor, 1e-30)))
-    return float("inf") if math.isnan(value) else value
 
 
 # global claims -------------------------------------------------------------------------------------------
@@ -350,7 +203,7 @@ def _permutations(
     model: torch.nn.Module,
     args: Any,
     kwargs: Any,
-    results: _Results,
+    results: Results,
     output: dict[str, torch.Tensor],
     double: bool,
 ) -> None:
@@ -362,7 +215,7 @@ def _permutations(
         _, calm = record(model, args, kwargs, meta=False, recorder_class=_Calm, prepare=_to_double if double else None)
         output = _outputs(calm)
     generator = torch.Generator().manual_seed(1)
-    index = {wire.name: _index(wire.size, False, generator) for wire in wires}
+    index = {wire.name: draw_index(wire.size, False, generator) for wire in wires}
 
     def error_of(names: list[str]) -> float:
         def prepare(copied: torch.nn.Module, values: Any) -> Any:
@@ -399,7 +252,7 @@ def _compiled(
     model: torch.nn.Module,
     args: Any,
     kwargs: Any,
-    results: _Results,
+    results: Results,
     output: dict[str, torch.Tensor],
     double: bool,
 ) -> None:
@@ -432,7 +285,7 @@ def _largest(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     """Largest difference between outputs; infinite where one is missing."""
     if got.keys() != expected.keys():
         return float("inf")
-    return max((_difference(tensor, expected[path], 1e-6) for path, tensor in got.items()), default=0.0)
+    return max((difference(tensor, expected[path], 1e-6) for path, tensor in got.items()), default=0.0)
 
 
 def permute(circuit: Circuit, model: torch.nn.Module, permutations: Mapping[str, Any]) -> torch.nn.Module:
@@ -483,26 +336,5 @@ def _apply(circuit: Circuit, model: torch.nn.Module, permutations: Mapping[str, 
                 if tensor not in state:
                     raise VerificationError(f"the module has no parameter {tensor!r}: it is not the one that was traced")
                 target = state[tensor]
-                start, stop = part or (0, target.shape[dim])
-                view = target.narrow(dim, start, stop - start)
-                product = [circuit.wires[n].size for n in _product(circuit, tensor, dim, part)]
-                view.copy_(_permuted(view.clone(), dim, product, factor, index))
-
-
-def _product(circuit: Circuit, tensor: str, dim: int, part: tuple[int, int] | None) -> tuple[str, ...]:
-    """The wires that a dimension, or a part of it, is the product of."""
-    names = circuit.tensor(tensor).dims[dim]
-    return names if part is None else next(found for at, found in _part_products(circuit, names, 0) if at == part)
-
-
-def _part_products(
-    circuit: Circuit, names: tuple[str, ...], offset: int
-) -> Iterator[tuple[tuple[int, int], tuple[str, ...]]]:
-    inner = 1
-    for name in names[1:]:
-        inner *= circuit.wires[name].size
-    for start, stop, parts in circuit.wires[names[0]].parts:
-        product = (*parts, *names[1:])
-        yield (offset + start * inner, offset + stop * inner), product
-        if parts:
-            yield from _part_products(circuit, product, offset + start * inner)
+                product = [circuit.wires[n].size for n in product_of(circuit, tensor, dim, part)]
+                target.copy_(reindexed(target.clone(), dim, product, factor, part, index))

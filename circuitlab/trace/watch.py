@@ -485,7 +485,7 @@ def _entered(func: Any) -> Callable[..., Any] | None:
     if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch"):
         return None
     checks = [n for n in func.__code__.co_names if n.startswith("has_torch_function")]
-    if not checks:
+    if not checks or any(check not in func.__globals__ for check in checks):
         return None
     names = {**func.__globals__, **{check: lambda *_: False for check in checks}}
     made = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)

@@ -86,6 +86,7 @@ class Wires:
 
     def __init__(self) -> None:
         self.count = 0
+        self.picks: list[Atom] = []  # of single entries, in the order that they were taken
         self._log: list[tuple[Atom, str, Any]] = []
 
     # transactions -------------------------------------------------------------------------------------
@@ -277,6 +278,7 @@ class Wires:
     def pick(self, dim: Iterable[Atom]) -> None:
         """The order of these atoms matters, and that of their parts."""
         for atom in leaves(dim):
+            self.picks.append(atom)
             if not atom.picked:
                 self._set(atom, "picked", True)
                 for _, _, inner in atom.parts:

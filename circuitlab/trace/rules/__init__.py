@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -37,6 +38,23 @@ def opaque(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     return pattern
 
 
+def probed(w: Wires, event: Event) -> Pattern:
+    """No rule, and the axes that probing found; of all others nothing is claimed."""
+    pattern = opaque(w, event)
+    pattern.attrs["probed"] = True
+    operands = {operand.slot: operand for operand in event.operands}
+    for axis in event.probed:
+        dims = [operands[slot].dims[dim] for slot, dim in axis.ins]
+        for other in dims[1:]:
+            w.unify(dims[0], other)
+        letters = [Letter(axis.role, dims[0])]
+        for slot, dim in axis.ins:
+            pattern.ins[slot][dim] = letters
+        for number, dim in axis.outs:
+            pattern.outs[number][dim] = letters
+    return pattern
+
+
 def leave(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     """Numbers given to Python: whatever is done with them there, these wires were looked at entry by entry."""
     pattern = Pattern("box")
@@ -52,7 +70,7 @@ _NAMES: dict[Rule, str] = {
     pointwise.reduce: "sum mean amax amin max min nansum nanmean prod var std var_mean std_mean logsumexp all any median "
     "nanmedian mode count_nonzero argmax argmin aminmax special_logsumexp",
     pointwise.ordered_reduce: "norm linalg_norm linalg_vector_norm vector_norm quantile nanquantile kthvalue",
-    pointwise.softmax: "softmax log_softmax softmin special_softmax special_log_softmax _softmax _log_softmax",
+    pointwise.softmax: "softmax log_softmax softmin special_softmax special_log_softmax _softmax _log_softmax _safe_softmax",
     pointwise.scan: "cumsum cumprod cummax cummin logcumsumexp flip fliplr flipud roll",
     pointwise.order: "sort topk argsort msort",
     pointwise.triangle: "tril triu",
@@ -62,24 +80,37 @@ _NAMES: dict[Rule, str] = {
     pointwise.weight_norm: "_weight_norm",
     pointwise.local_response_norm: "local_response_norm",
     pointwise.loss: "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits "
-    "kl_div poisson_nll_loss soft_margin_loss hinge_embedding_loss",
+    "kl_div poisson_nll_loss soft_margin_loss hinge_embedding_loss margin_ranking_loss gaussian_nll_loss dist",
+    pointwise.row_loss: "cosine_embedding_loss triplet_margin_loss",
     pointwise.cross_entropy: "cross_entropy nll_loss nll_loss2d nll_loss_nd cross_entropy_loss",
     pointwise.glu: "glu",
     pointwise.similarity: "cosine_similarity pairwise_distance",
+    pointwise.two: "frexp",
+    pointwise.difference: "diff gradient cumulative_trapezoid",
+    pointwise.integral: "trapezoid trapz",
+    pointwise.rotated: "rot90",
+    pointwise.sum_to_size: "sum_to_size",
     pointwise.like: "zeros_like ones_like full_like empty_like",
     contract.linear: "linear",
     contract.bilinear: "bilinear",
     contract.matmul: "matmul mm bmm mv dot vdot linalg_matmul",
     contract.rmatmul: "rmatmul",
     contract.outer: "outer ger",
-    contract.addmm: "addmm baddbmm addmv",
+    contract.inner: "inner",
+    contract.vecdot: "linalg_vecdot vecdot",
+    contract.chain: "linalg_multi_dot chain_matmul",
+    contract.trace: "trace linalg_trace",
+    contract.kron: "kron",
+    contract.cov: "cov corrcoef",
+    contract.addmm: "addmm baddbmm addmv addr addbmm",
     contract.tensordot: "tensordot",
     contract.einsum: "einsum",
     contract.cdist: "cdist",
     shape.same: "contiguous clone detach to float double half bfloat16 int long short char byte bool type alias "
     "type_as requires_grad cpu cuda data positive alias_copy resolve_conj resolve_neg",
-    shape.view: "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze atleast_1d atleast_2d "
+    shape.view: "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze "
     "_unsafe_view",
+    shape.at_least: "atleast_1d atleast_2d atleast_3d",
     shape.permute: "permute",
     shape.transpose: "transpose swapaxes swapdims",
     shape.turned: "T t mT mH H adjoint numpy_T",
@@ -92,10 +123,12 @@ _NAMES: dict[Rule, str] = {
     shape.narrow: "narrow",
     shape.unbind: "unbind",
     shape.select: "select",
-    shape.cat: "cat concat concatenate hstack vstack row_stack",
+    shape.cat: "cat concat concatenate",
+    shape.stacked: "hstack vstack row_stack dstack column_stack",
     shape.stack: "stack",
     shape.pad: "pad constant_pad_nd",
     shape.pixel_shuffle: "pixel_shuffle pixel_unshuffle",
+    shape.channel_shuffle: "channel_shuffle native_channel_shuffle",
     shape.meshgrid: "meshgrid",
     spatial.conv: "conv1d conv2d conv3d",
     spatial.conv_transpose: "conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -103,7 +136,9 @@ _NAMES: dict[Rule, str] = {
     "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
     "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices",
+    spatial.unpool: "max_unpool1d max_unpool2d max_unpool3d",
     spatial.resize: "interpolate upsample upsample_nearest upsample_bilinear",
+    spatial.spectrogram: "stft istft",
     spatial.unfold: "unfold",
     spatial.fold: "fold",
     index.getitem: "getitem",
@@ -112,7 +147,11 @@ _NAMES: dict[Rule, str] = {
     index.embedding_bag: "embedding_bag",
     index.one_hot: "one_hot",
     index.index_select: "index_select",
-    index.nonzero: "nonzero argwhere",
+    index.nonzero: "nonzero argwhere masked_select",
+    index.take: "take",
+    index.put: "put masked_scatter",
+    index.index_put: "index_put",
+    index.multinomial: "multinomial",
     index.gather: "gather",
     index.take_along_dim: "take_along_dim",
     index.scatter: "scatter scatter_add scatter_reduce",
@@ -121,15 +160,21 @@ _NAMES: dict[Rule, str] = {
     "randn randint randperm tensor as_tensor new_tensor scalar_tensor tril_indices triu_indices hann_window "
     "hamming_window from_numpy empty_strided",
     index.cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
-    spatial.grid_sampler: "grid_sampler",
+    spatial.grid_sampler: "grid_sampler grid_sampler_2d grid_sampler_3d",
     shape.diagonal: "diagonal linalg_diagonal",
+    shape.diagonals: "diag_embed diag diagflat",
     shape.to_complex: "view_as_complex",
     shape.to_real: "view_as_real",
     pointwise.fourier: "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 "
     "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift",
     algebra.matrix: algebra.MATRIX,
-    algebra.counts: "histc bincount",
-    algebra.buckets: "bucketize",
+    algebra.matrix_norm: "linalg_matrix_norm",
+    algebra.matrices: algebra.MATRICES,
+    algebra.cross: "cross linalg_cross",
+    algebra.counts: "histc bincount histogram unique unique_consecutive unique_dim _unique _unique2 combinations pdist "
+    "cartesian_prod ctc_loss multilabel_margin_loss multi_margin_loss nonzero_static",
+    algebra.buckets: "bucketize searchsorted",
+    algebra.member: "isin",
     algebra.grouped_mm: "grouped_mm _grouped_mm",
     index.recurrent: "lstm gru rnn_tanh rnn_relu",
 }
@@ -182,7 +227,7 @@ def lookup(func: Any, name: str) -> Rule:
     if name == "where":
         return index.where
     bare = name[:-1] if in_place(name) and name not in TABLE and name != "setitem" else name
-    return TABLE.get(bare, opaque)
+    return TABLE.get(bare) or TABLE.get(bare.removesuffix("_copy"), opaque)
 
 
 def apply(w: Wires, event: Event) -> Pattern:
@@ -192,9 +237,21 @@ def apply(w: Wires, event: Event) -> Pattern:
         kwargs = {_KEYWORDS.get(key, key): value for key, value in event.kwargs.items()}
         pattern = event.rule(w, event, *event.args, **kwargs)
         _fits(event, pattern)
-    except (NoRuleError, ClashError, TypeError, IndexError, KeyError, ValueError, AttributeError, UnboundLocalError):
+    except Exception:  # a call that its rule was not written for: whatever came of it, nothing is claimed
         w.rollback(mark)
-        pattern = opaque(w, event)
+        # arrays of one entry have no axes to be wrong about
+        single = event.rule is not opaque and all(prod(v.shape) == 1 for v in (*event.operands, *event.outs))
+        pattern = leave(w, event) if single else opaque(w, event)
+        if single:
+            pattern.outs = [[[] for _ in out.shape] for out in event.outs]
+    if event.probed and pattern.kind == "opaque":
+        w.rollback(mark)
+        try:
+            pattern = probed(w, event)
+            _fits(event, pattern)
+        except (NoRuleError, ClashError):
+            w.rollback(mark)
+            pattern = opaque(w, event)
     w.commit()
     return pattern
 

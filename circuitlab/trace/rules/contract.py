@@ -110,10 +110,76 @@ def outer(w: Wires, event: Event, input: Operand, vec2: Operand) -> Pattern:
     return product(w, event, [(input, "i"), (vec2, "j")], "ij")
 
 
+def inner(w: Wires, event: Event, input: Operand, other: Operand) -> Pattern:
+    """``... k, ... k -> ... ...``."""
+    if not input.ndim or not other.ndim:
+        return product(w, event, [(input, _signs(input.ndim)), (other, _signs(other.ndim))], _signs(max(input.ndim, other.ndim)))
+    left, right = _signs(input.ndim - 1), _signs(other.ndim - 1, 100)
+    return product(w, event, [(input, left + "k"), (other, right + "k")], left + right)
+
+
+def vecdot(w: Wires, event: Event, x: Operand, y: Operand, *args: Any, dim: int = -1, **kwargs: Any) -> Pattern:
+    """Products of vectors along one dimension, the others broadcast."""
+    ndim = max(x.ndim, y.ndim)
+    signs = _signs(ndim)
+    contracted = dim % ndim
+    result = signs[:contracted] + signs[contracted + 1 :]
+    return product(w, event, [(x, signs[ndim - x.ndim :]), (y, signs[ndim - y.ndim :])], result)
+
+
+def chain(w: Wires, event: Event, *matrices: Any, **kwargs: Any) -> Pattern:
+    """A product of matrices; the first and the last may be vectors."""
+    operands = event.operands
+    signs = [chr(0x300 + n) + chr(0x301 + n) for n in range(len(operands))]
+    if operands[0].ndim == 1:
+        signs[0] = signs[0][1:]
+    if operands[-1].ndim == 1:
+        signs[-1] = signs[-1][:1]
+    named = "".join(signs)
+    return product(w, event, list(zip(operands, signs, strict=True)), "".join(c for c in named if named.count(c) == 1))
+
+
+def trace(w: Wires, event: Event, input: Operand) -> Pattern:
+    """``i i ->``; a matrix that is not square is summed by position."""
+    if input.shape[0] == input.shape[1]:
+        return product(w, event, [(input, "ii")], "")
+    pattern = Pattern("reduce")
+    pattern.take(input, "ordered")
+    pattern.out([])
+    return pattern
+
+
+def kron(w: Wires, event: Event, input: Operand, other: Operand) -> Pattern:
+    """``a b, c d -> (a c) (b d)``."""
+    pattern = Pattern("contract")
+    left, right = pattern.take(input), pattern.take(other)
+    ndim = max(len(left), len(right))
+    left, right = [[]] * (ndim - len(left)) + left, [[]] * (ndim - len(right)) + right
+    pattern.out([[*a, *b] for a, b in zip(left, right, strict=True)])
+    return pattern
+
+
+def cov(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Each row against each: ``i n -> i i``."""
+    if len(event.operands) > 1:
+        raise NoRuleError
+    pattern = Pattern("contract")
+    slots = pattern.take(input)
+    for letter in slots[-1] if slots else []:
+        letter.role = "contracted"
+    pattern.out([slots[0], slots[0]] if input.ndim == 2 else [])
+    return pattern
+
+
 def addmm(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
-    """input + mat1 mat2 (addmm, baddbmm, addmv)."""
-    given = [*args, *(kwargs[key] for key in ("mat1", "batch1", "mat", "mat2", "batch2", "vec") if key in kwargs)]
-    mat1, mat2 = given[:2]
+    """input + mat1 mat2 (addmm, baddbmm, addmv), summed over the batch (addbmm), or of vectors (addr)."""
+    names = ("mat1", "batch1", "mat", "vec1", "mat2", "batch2", "vec", "vec2")
+    given = [*args, *(kwargs[key] for key in names if key in kwargs)]
+    mat1, mat2 = [item for item in given if isinstance(item, Operand)][:2]
+    if event.fn.startswith("addr"):
+        return product(w, event, [(mat1, "i"), (mat2, "j")], "ij", input)
+    if event.fn.startswith("addbmm"):
+        return product(w, event, [(mat1, "bik"), (mat2, "bkj")], "ij", input)
     right = "kj" if mat2.ndim > 1 else "k"
     lead = "b" if mat1.ndim == 3 else ""
     result = lead + "i" + ("j" if mat2.ndim > 1 else "")
@@ -136,7 +202,7 @@ def tensordot(w: Wires, event: Event, a: Operand, b: Operand, dims: Any = 2, *ar
 
 
 def einsum(w: Wires, event: Event, equation: Any, *operands: Any, **kwargs: Any) -> Pattern:
-    """Any einsum with an equation in text, or in sublists; an index twice in one operand is not covered."""
+    """Any einsum with an equation in text, or in sublists."""
     if not isinstance(equation, str):
         return einsum(w, event, *_from_sublists((equation, *operands)))
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -152,8 +218,6 @@ def einsum(w: Wires, event: Event, equation: Any, *operands: Any, **kwargs: Any)
     for operand, sign in zip(operands, signs, strict=True):
         count = operand.ndim - len(sign.replace("...", ""))
         full.append(sign.replace("...", filler[spread - count :]))
-        if len(set(full[-1])) != len(full[-1]):
-            raise NoRuleError
     if not arrow:
         named = "".join(full)
         result = filler + "".join(sorted(c for c in set(named) if named.count(c) == 1 and c not in filler))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, set_role
+from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, cut_roles, set_role
 from circuitlab.trace.rules.pointwise import pointwise
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -108,9 +108,13 @@ class _Read:
         self.labels.append([start, stop] if step == 1 else [start, stop, step])
         dim = self.input.dims[axis]
         if step == 1 and count:
-            set_role(letters, "joined" if count > 1 else "indexed")
+            before = len(self.w.picks)
             try:
                 part = self.w.slice(dim, start, stop)
+                if count == 1:
+                    set_role(letters, "indexed")
+                else:
+                    self.slots[axis][:] = cut_roles(self.w, dim, before)
                 self.out.append([Letter("joined", part)] if part else [])
                 return
             except ClashError:
@@ -253,13 +257,45 @@ def index_select(w: Wires, event: Event, input: Operand, dim: int, index: Operan
 def nonzero(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
     """Where an array is not zero: how many places there are depends on the data, so they are a new wire."""
     pattern = Pattern("box")
-    pattern.take(input, "ordered")
+    for operand in event.operands:
+        pattern.take(operand, "ordered")
     found: list[Letter] | None = None
     for out in event.outs:
         if found is None:
             found = pattern.new(w, out.shape[0], "created", "found", event.name)
         rest = [pattern.new(w, size, "created", "index", event.name) for size in out.shape[1:]]
         pattern.out([found, *rest])
+    return pattern
+
+
+def take(w: Wires, event: Event, input: Operand, index: Operand) -> Pattern:
+    """Entries chosen by their number in the flattened array."""
+    pattern = Pattern("gather")
+    pattern.take(input, "gathered")
+    pattern.out(pattern.take(index))
+    return pattern
+
+
+def put(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Values written in their order to places all over an array."""
+    pattern = Pattern("scatter")
+    for operand in event.operands:
+        pattern.take(operand, "ordered")
+    pattern.out(pattern.ins[input.slot])
+    return pattern
+
+
+def index_put(w: Wires, event: Event, input: Operand, indices: Any, values: Any, *args: Any, **kwargs: Any) -> Pattern:
+    """``x[indices] = values`` or ``+= values``."""
+    return setitem(w, event, input, tuple(indices), values)
+
+
+def multinomial(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Entries drawn by their weight."""
+    pattern = Pattern("random")
+    slots = pattern.take(input)
+    set_role(slots[-1], "ordered")
+    pattern.out([*slots[:-1], pattern.new(w, event.outs[0].shape[-1], "created", "drawn", event.name)])
     return pattern
 
 
@@ -292,11 +328,20 @@ def gather(w: Wires, event: Event, input: Operand, dim: int, index: Operand, **k
 
 
 def take_along_dim(w: Wires, event: Event, input: Operand, indices: Operand, dim: int | None = None) -> Pattern:
-    """gather with broadcasting; covered where nothing has to be broadcast."""
-    if dim is None or any(a != b for n, (a, b) in enumerate(zip(input.shape, indices.shape, strict=True))
-                          if n != dim % input.ndim):
-        raise NoRuleError
-    return gather(w, event, input, dim, indices)
+    """gather with broadcasting of the other dimensions; without a dimension, of the flattened array."""
+    if dim is None:
+        return take(w, event, input, indices)
+    axis = axis_of(dim, input.ndim)
+    pattern = Pattern("gather", dim=axis)
+    slots, own = pattern.take(input), pattern.take(indices)
+    set_role(slots[axis], "gathered")
+    for other in range(input.ndim):
+        if other != axis and slots[other] and own[other]:
+            w.unify(input.dims[other], indices.dims[other])
+            slots[other] = own[other]
+            set_role(own[other], "diagonal")
+    pattern.out([own[other] if other == axis else own[other] or slots[other] for other in range(input.ndim)])
+    return pattern
 
 
 def scatter(w: Wires, event: Event, input: Operand, dim: int, index: Operand, *args: Any, **kwargs: Any) -> Pattern:

@@ -67,6 +67,15 @@ def set_role(slots: Sequence[Letter], role: str) -> None:
         letter.role = role
 
 
+def cut_roles(w: Wires, dim: Dim, before: int) -> list[Letter]:
+    """Letters of a dimension that was cut into parts, since there were ``before`` picks.
+
+    A cut that lies within one index of a factor picks that index.
+    """
+    picked = {id(atom) for atom in leaves(w.picks[before:])}
+    return [Letter("indexed" if id(atom) in picked else "joined", [atom]) for atom in leaves(dim)]
+
+
 def axis_of(dim: int, ndim: int) -> int:
     """A dimension number, counted from the front."""
     if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < max(ndim, 1):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from circuitlab.trace.events import Event, Operand
 from circuitlab.trace.rules.pattern import (
     Letter,
@@ -31,6 +33,15 @@ POINTWISE = frozenset(
     special_erfc special_erfinv special_exp2 special_expit special_expm1 special_gammaln special_log1p special_logit
     special_xlogy special_xlog1py special_i0 special_i0e special_i1 special_i1e special_ndtr special_ndtri special_log_ndtr
     sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv trunc where xlogy and or xor invert
+    log_sigmoid special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
+    special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
+    special_chebyshev_polynomial_w special_hermite_polynomial_h special_hermite_polynomial_he
+    special_laguerre_polynomial_l special_legendre_polynomial_p special_modified_bessel_i0 special_modified_bessel_i1
+    special_modified_bessel_k0 special_modified_bessel_k1 special_scaled_modified_bessel_k0
+    special_scaled_modified_bessel_k1 special_spherical_bessel_j0 special_zeta special_erfcx special_polygamma
+    special_round special_sinc special_psi special_multigammaln special_gammainc special_gammaincc
+    special_shifted_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_v
+    special_shifted_chebyshev_polynomial_w
     ror rxor complex real imag conj copy masked_fill dequantize nan_to_num zero fill
     """.split()
 )
@@ -77,7 +88,7 @@ def prelu(w: Wires, event: Event, input: Operand, weight: Operand) -> Pattern:
     pattern = Pattern("elementwise")
     slots = pattern.take(input)
     own = pattern.take(weight)
-    if own[0]:
+    if weight.ndim and own[0]:
         w.unify(input.dims[1], weight.dims[0])
         slots[1][0].role = "diagonal"
         pattern.ins[weight.slot] = [slots[1]]
@@ -122,11 +133,13 @@ def ordered_reduce(
     **kwargs: Any,
 ) -> Pattern:
     """Norms, quantiles, k-th values: the argument before the dimension says which."""
-    if any(operand.slot != input.slot and operand.ndim for operand in event.operands):
-        raise NoRuleError  # several quantiles at once
+    several = [operand for operand in event.operands if operand.slot != input.slot and operand.ndim]
     if event.fn == "kthvalue" and dim is None:
         dim = -1
-    return reduce(w, event, input, dim, keepdim=keepdim)
+    pattern = reduce(w, event, input, dim, keepdim=keepdim or len(event.outs[0].shape) - len(several) == input.ndim > 0)
+    if several:  # quantiles: the first dimension of the result
+        pattern.outs[0].insert(0, pattern.take(several[0])[0])
+    return pattern
 
 
 def softmax(w: Wires, event: Event, input: Operand, dim: Any = None, *args: Any, **kwargs: Any) -> Pattern:
@@ -150,8 +163,6 @@ def scan(w: Wires, event: Event, input: Operand, dim: Any = None, *args: Any, **
     """Cumulative sums, flips, rolls: positions matter along a dimension, the axis stays."""
     if event.fn == "roll":
         dim = kwargs.get("dims", args[0] if args else None)
-        if dim is None:
-            raise NoRuleError
     elif event.fn == "flip":
         dim = kwargs.get("dims", dim if not args else (dim, *args))
     elif event.fn in ("fliplr", "flipud"):
@@ -161,7 +172,9 @@ def scan(w: Wires, event: Event, input: Operand, dim: Any = None, *args: Any, **
 
 def order(w: Wires, event: Event, input: Operand, *args: Any, dim: int = -1, **kwargs: Any) -> Pattern:
     """sort, topk: the axis ends, and a new one begins whose order has a meaning."""
-    if event.fn == "topk":
+    if event.fn == "msort":
+        dim = 0
+    elif event.fn == "topk":
         dim = args[1] if len(args) > 1 else dim
     elif args and isinstance(args[0], int) and not isinstance(args[0], bool):
         dim = args[0]
@@ -295,7 +308,7 @@ def local_response_norm(w: Wires, event: Event, input: Operand, *args: Any, **kw
 
 def loss(w: Wires, event: Event, input: Operand, target: Operand, *args: Any, **kwargs: Any) -> Pattern:
     """A loss between arrays of one shape, reduced unless asked otherwise."""
-    full = input.shape if len(input.shape) >= len(target.shape) else target.shape
+    full = _broadcast(*event.operands)
     pattern = elementwise(w, event, event.operands, full, "reduce")
     if event.outs[0].shape != tuple(full):
         if event.outs[0].shape:
@@ -306,19 +319,53 @@ def loss(w: Wires, event: Event, input: Operand, target: Operand, *args: Any, **
     return pattern
 
 
+def _broadcast(*operands: Operand) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*(operand.shape for operand in operands)))
+
+
+def row_loss(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
+    """A loss between vectors, with or without a batch: the last dimension is contracted, the first reduced if asked."""
+    vectors = [operand for operand in event.operands if operand.ndim == event.operands[0].ndim]
+    pattern = elementwise(w, event, vectors, _broadcast(*vectors), "reduce")
+    columns = pattern.outs[0]
+    for operand in event.operands:
+        if operand not in vectors:  # a label for each pair of vectors
+            for letters, dim in zip(columns, operand.dims, strict=False):
+                w.unify(letters[0].atoms if letters else [], dim)
+            pattern.ins[operand.slot] = [columns[n] if dim else [] for n, dim in enumerate(operand.dims)]
+    set_role(columns[-1], "contracted")
+    return _reduced_loss(event, pattern, columns[:-1])
+
+
 def cross_entropy(w: Wires, event: Event, input: Operand, target: Operand, *args: Any, **kwargs: Any) -> Pattern:
-    """Class scores (dimension 1, or 0 without a batch) against class numbers."""
-    if target.ndim == input.ndim or len(event.operands) > 2:
-        raise NoRuleError
+    """Class scores (dimension 1, or 0 without a batch) against class numbers, or against as many probabilities."""
     classes = 1 if input.ndim > 1 else 0
     pattern = Pattern("reduce")
     slots = pattern.take(input)
     set_role(slots[classes], "gathered")
+    for operand in event.operands:
+        if operand.slot not in (input.slot, target.slot):  # a weight for each class
+            w.unify(input.dims[classes], operand.dims[0])
+            pattern.ins[operand.slot] = [slots[classes]]
+    if target.ndim == input.ndim:
+        set_role(slots[classes], "contracted")
+        for letters, one, other in zip(slots, input.dims, target.dims, strict=True):
+            w.unify(one, other)
+            if letters is not slots[classes]:
+                set_role(letters, "diagonal")
+        pattern.ins[target.slot] = list(slots)
+        rest = [letters for letters in slots if letters is not slots[classes]]
+        return _reduced_loss(event, pattern, rest)
     rest = [letters for axis, letters in enumerate(slots) if axis != classes]
     for letters, dim, axis in zip(rest, target.dims, [a for a in range(input.ndim) if a != classes], strict=True):
         w.unify(input.dims[axis], dim)
         set_role(letters, "diagonal")
     pattern.ins[target.slot] = [letters if dim else [] for letters, dim in zip(rest, target.dims, strict=True)]
+    return _reduced_loss(event, pattern, rest)
+
+
+def _reduced_loss(event: Event, pattern: Pattern, rest: list[list[Letter]]) -> Pattern:
+    """A loss for each index of what is left, or reduced over all."""
     if event.outs[0].shape:
         pattern.out(rest)
     else:
@@ -351,7 +398,7 @@ def similarity(
         dim = -1
     elif dim is None:
         dim = 1
-    shape = [max(a, b) for a, b in zip(x1.shape, x2.shape, strict=True)]
+    shape = _broadcast(x1, x2)
     axis = axis_of(dim, len(shape))
     pattern = elementwise(w, event, [x1, x2], shape, "contract")
     columns = pattern.outs[0]
@@ -378,5 +425,74 @@ def fourier(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -
         size = event.outs[0].shape[axis]
         set_role(slots[axis], "ordered")
         out[axis] = slots[axis] if size == input.shape[axis] else pattern.new(w, size, "ordered", "spectrum", event.name)
+    pattern.out(out)
+    return pattern
+
+
+def two(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
+    """Entry by entry, with several results."""
+    pattern = pointwise(w, event, *args, **kwargs)
+    for _ in event.outs[1:]:
+        pattern.out(pattern.outs[0])
+    return pattern
+
+
+def difference(w: Wires, event: Event, input: Operand, *args: Any, dim: Any = None, **kwargs: Any) -> Pattern:
+    """Neighbours along a dimension subtracted, or summed up: the axis that comes out is another one."""
+    if len(event.operands) > 1:
+        raise NoRuleError
+    if dim is None:
+        whole = event.fn == "gradient"
+        dim = args[1] if event.fn == "diff" and len(args) > 1 else None if whole else -1
+    pattern = Pattern("scan")
+    slots = pattern.take(input)
+    axes = axes_of(dim, input.ndim)
+    for axis in axes:
+        set_role(slots[axis], "ordered")
+    for out in event.outs:
+        columns = list(slots)
+        for axis in axes:
+            if out.shape[axis] != input.shape[axis]:
+                columns[axis] = pattern.new(w, out.shape[axis], "ordered", "scan", event.name)
+        pattern.out(columns)
+    return pattern
+
+
+def integral(w: Wires, event: Event, input: Operand, *args: Any, dim: int = -1, **kwargs: Any) -> Pattern:
+    """A sum with weights by position."""
+    if len(event.operands) > 1:
+        raise NoRuleError
+    axis = axis_of(dim, input.ndim)
+    pattern = Pattern("reduce")
+    slots = pattern.take(input)
+    set_role(slots[axis], "ordered")
+    pattern.out([letters for n, letters in enumerate(slots) if n != axis])
+    return pattern
+
+
+def rotated(w: Wires, event: Event, input: Operand, k: int = 1, dims: Any = (0, 1)) -> Pattern:
+    """A quarter turn, k times, in the plane of two dimensions."""
+    pattern = Pattern("scan")
+    slots = pattern.take(input)
+    out = list(slots)
+    for axis in axes_of(list(dims), input.ndim):
+        set_role(slots[axis], "ordered")
+        out[axis] = pattern.new(w, event.outs[0].shape[axis], "ordered", "turned", event.name)
+    pattern.out(out)
+    return pattern
+
+
+def sum_to_size(w: Wires, event: Event, input: Operand, *args: Any) -> Pattern:
+    """Summed over the dimensions that the wanted shape does not have, or has with size 1."""
+    lead = input.ndim - len(event.outs[0].shape)
+    pattern = Pattern("reduce")
+    slots = pattern.take(input)
+    out: list[list[Letter]] = []
+    for axis, letters in enumerate(slots):
+        gone = axis < lead or event.outs[0].shape[axis - lead] != input.shape[axis]
+        if gone:
+            set_role(letters, "reduced")
+        if axis >= lead:
+            out.append([] if gone else letters)
     pattern.out(out)
     return pattern

@@ -13,6 +13,7 @@ from circuitlab.trace.rules.pattern import (
     Slots,
     axes_of,
     axis_of,
+    cut_roles,
     elementwise,
     regrouped,
     set_role,
@@ -121,11 +122,21 @@ def repeat(w: Wires, event: Event, input: Operand, *sizes: Any, **kwargs: Any) -
 
 def repeat_interleave(w: Wires, event: Event, input: Operand, repeats: Any, dim: int | None = None, **kw: Any) -> Pattern:
     """Each entry r times in a row: ``(n) -> (n r)``."""
-    if not isinstance(repeats, int) or dim is None:
-        raise NoRuleError
-    axis = axis_of(dim, input.ndim)
     pattern = Pattern("reindex")
     out = [list(letters) for letters in pattern.take(input)]
+    if isinstance(repeats, Operand):  # a number for each entry
+        pattern.kind = "gather"
+        axis = axis_of(0 if dim is None else dim, input.ndim)
+        if dim is None and input.ndim != 1:
+            raise NoRuleError
+        set_role(out[axis], "ordered")
+        pattern.take(repeats, "ordered")
+        out[axis] = pattern.new(w, event.outs[0].shape[axis], "ordered", "repeat", event.name)
+        pattern.out(out)
+        return pattern
+    if dim is None:  # of the flattened array
+        out = [[letter for letters in out for letter in letters]]
+    axis = axis_of(0 if dim is None else dim, len(out))
     out[axis] += pattern.new(w, repeats, "created", "repeat", event.name)
     pattern.out(out)
     return pattern
@@ -142,12 +153,12 @@ def pieces(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) ->
     if len(event.outs) == 1:
         pattern.out(slots)
         return pattern
-    set_role(slots[axis], "joined")
-    start = 0
+    before, start = len(w.picks), 0
     for out in event.outs:
         size = out.shape[axis]
         pattern.out(_with_part(w, pattern, input, slots, axis, start, start + size, event))
         start += size
+    slots[axis] = cut_roles(w, input.dims[axis], before)
     return pattern
 
 
@@ -177,9 +188,12 @@ def narrow(w: Wires, event: Event, input: Operand, dim: int, start: Any, length:
     start %= max(input.shape[axis], 1)
     pattern = Pattern("slice", dim=axis, start=start, stop=start + length)
     slots = pattern.take(input)
-    if length != input.shape[axis]:
-        set_role(slots[axis], "joined" if length > 1 else "indexed")
+    before = len(w.picks)
     pattern.out(_with_part(w, pattern, input, slots, axis, start, start + length, event))
+    if length == 1:
+        set_role(slots[axis], "indexed")
+    elif length != input.shape[axis]:
+        slots[axis] = cut_roles(w, input.dims[axis], before)
     return pattern
 
 
@@ -212,11 +226,7 @@ def _tensors(tensors: Any, more: Sequence[Any]) -> list[Operand]:
 def cat(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
     """Dimensions put end to end: a sum of wires."""
     every = _tensors(tensors, ())
-    operands = [o for o in every if o.shape != (0,)]
-    if event.fn in ("hstack", "vstack", "dstack", "column_stack", "row_stack"):
-        dim = {"hstack": 1 if operands[0].ndim > 1 else 0, "vstack": 0, "row_stack": 0}.get(event.fn, 99)
-        if any(o.ndim < 2 and event.fn != "hstack" for o in operands) or dim == 99:
-            raise NoRuleError
+    operands = [o for o in every if o.shape != (0,)] or every[:1]
     axis = axis_of(dim, operands[0].ndim)
     filled = [o for o in operands if o.shape[axis]]
     if len(filled) == 1:  # put end to end with nothing: a cache that was empty
@@ -266,6 +276,44 @@ def stack(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
     return pattern
 
 
+def stacked(w: Wires, event: Event, tensors: Any) -> Pattern:
+    """hstack, vstack, dstack, column_stack: put end to end, or side by side if they have a dimension too few."""
+    ndim = {operand.ndim for operand in event.operands}
+    place = {"hstack": 1, "column_stack": 1, "dstack": 2}.get(event.fn, 0)
+    if ndim == {1} and event.fn == "hstack":
+        return cat(w, event, tensors, 0)
+    if ndim == {1} and event.fn != "dstack":
+        return stack(w, event, tensors, place)
+    if ndim == {2} and event.fn == "dstack":
+        return stack(w, event, tensors, 2)
+    if min(ndim) < (3 if event.fn == "dstack" else 2):
+        raise NoRuleError
+    return cat(w, event, tensors, place)
+
+
+def at_least(w: Wires, event: Event, *tensors: Any) -> Pattern:
+    """Dimensions of size 1 added until there are enough."""
+    pattern = Pattern("reindex")
+    for operand, out in zip(event.operands, event.outs, strict=True):
+        one = regrouped(w, operand, out.shape)
+        pattern.ins.update(one.ins)
+        pattern.outs += one.outs
+    return pattern
+
+
+def channel_shuffle(w: Wires, event: Event, input: Operand, groups: int) -> Pattern:
+    """``b (g c) ... -> b (c g) ...``."""
+    outer, inner = w.regroup([input.dims[1]], [groups, input.shape[1] // groups])
+    pattern = Pattern("reindex")
+    slots = pattern.take(input)
+    group, rest = ([Letter("broadcast", dim)] if dim else [] for dim in (outer, inner))
+    slots[1] = [*group, *rest]
+    out = list(slots)
+    out[1] = [*rest, *group]
+    pattern.out(out)
+    return pattern
+
+
 def pad(
     w: Wires, event: Event, input: Operand, pad: Any, mode: str = "constant", value: Any = None, **kwargs: Any
 ) -> Pattern:
@@ -296,8 +344,9 @@ def pad(
     return pattern
 
 
-def pixel_shuffle(w: Wires, event: Event, input: Operand, factor: int) -> Pattern:
+def pixel_shuffle(w: Wires, event: Event, input: Operand, *args: int, **kwargs: int) -> Pattern:
     """``(c r s) h w -> c (h r) (w s)``, and the inverse for pixel_unshuffle."""
+    factor = args[0] if args else next(iter(kwargs.values()))
     pattern = Pattern("reindex")
     slots = [list(letters) for letters in pattern.take(input)]
     c, h, x = input.ndim - 3, input.ndim - 2, input.ndim - 1
@@ -371,4 +420,20 @@ def diagonal(
         set_role(slots[axis], "ordered")
     kept = [letters for axis, letters in enumerate(slots) if axis not in taken]
     pattern.out([*kept, pattern.new(w, event.outs[0].shape[-1], "ordered", "diagonal", event.name)])
+    return pattern
+
+
+def diagonals(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Entries of one dimension laid along a diagonal of two new ones, and back."""
+    if event.fn == "diag" and input.ndim == 2:
+        return diagonal(w, event, input, *args, **kwargs)
+    if event.fn == "diag_embed" and (len(args) > 1 or kwargs.keys() - {"offset"}):
+        raise NoRuleError
+    pattern = Pattern("box")
+    slots = pattern.take(input)
+    lead = input.ndim - 1 if event.fn == "diag_embed" else 0
+    for letters in slots[lead:]:
+        set_role(letters, "ordered")
+    made = [pattern.new(w, size, "ordered", "diagonal", event.name) for size in event.outs[0].shape[-2:]]
+    pattern.out([*slots[:lead], *made])
     return pattern

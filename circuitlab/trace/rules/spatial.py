@@ -16,12 +16,12 @@ def _numbers(value: Any, count: int) -> list[int]:
 
 
 def _positions(
-    w: Wires, event: Event, pattern: Pattern, input: Operand, slots: Slots, count: int, alone: list[bool], slide: bool
+    w: Wires, event: Event, pattern: Pattern, input: Operand, slots: Slots, count: int, alone: list[bool], aligned: list[bool]
 ) -> Slots:
     """The position dimensions of a result.
 
     An axis that keeps its size stays the same axis: position i of the result is position i of the input. ``alone``
-    says where each position is computed from itself only; ``slide`` that windows were used.
+    says where each position is computed from itself only; ``aligned`` where windows move by one position at a time.
     """
     made: Slots = []
     first = input.ndim - count
@@ -31,7 +31,7 @@ def _positions(
             made.append(letters)
             continue
         set_role(letters, "windowed")
-        if size == input.shape[first + n]:
+        if size == input.shape[first + n] and aligned[n]:
             made.append(letters)
         else:
             origin = letters[0].atoms[0] if letters else None
@@ -93,7 +93,7 @@ def _convolve(
     alone = [k == 1 and s == 1 for k, s in zip(window, strides, strict=True)]
     windows = [[Letter("windowed", dim)] if dim else [] for dim in weight.dims[2:]]
     pattern.ins[weight.slot] = [rows[0], rows[1], *windows]
-    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    positions = _positions(w, event, pattern, input, slots, count, alone, [s == 1 for s in strides])
     if isinstance(bias, Operand):
         w.unify([atom for letter in columns for atom in letter.atoms], bias.dims[0])
         pattern.ins[bias.slot] = [columns]
@@ -159,8 +159,10 @@ def pool(w: Wires, event: Event, input: Operand, kernel_size: Any = None, stride
     window = _numbers(kernel_size, count) if isinstance(kernel_size, (int, tuple, list)) else None
     pattern = Pattern("pool", kernel=window, stride=_numbers(stride, count) if stride else window)
     slots = pattern.take(input)
-    alone = [k == 1 for k in window] if window else [False] * count
-    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    steps = _numbers(stride, count) if stride else window or [0] * count
+    # where the largest was is numbered along all positions
+    alone = [k == s == 1 and len(event.outs) == 1 for k, s in zip(window or [0] * count, steps, strict=True)]
+    positions = _positions(w, event, pattern, input, slots, count, alone, [s == 1 for s in steps])
     for _ in event.outs:
         pattern.out([*slots[: input.ndim - count], *positions])
     return pattern
@@ -177,10 +179,40 @@ def _adaptive(w: Wires, event: Event, input: Operand, count: int) -> Pattern:
         return pattern
     pattern = Pattern("pool")
     slots = pattern.take(input)
-    alone = [size == input.shape[input.ndim - count + n] for n, size in enumerate(sizes)]
-    positions = _positions(w, event, pattern, input, slots, count, alone, True)
+    same = [size == input.shape[input.ndim - count + n] for n, size in enumerate(sizes)]
+    alone = [kept and len(event.outs) == 1 for kept in same]
+    positions = _positions(w, event, pattern, input, slots, count, alone, same)
     for _ in event.outs:
         pattern.out([*slots[:-count], *positions])
+    return pattern
+
+
+def unpool(w: Wires, event: Event, input: Operand, indices: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Entries put back to where the largest were."""
+    count = int(next(c for c in event.fn if c.isdigit()))
+    pattern = Pattern("scatter")
+    slots = pattern.take(input)
+    for axis, (letters, one, other) in enumerate(zip(slots, input.dims, indices.dims, strict=True)):
+        w.unify(one, other)
+        set_role(letters, "diagonal" if axis < input.ndim - count else "ordered")
+    pattern.ins[indices.slot] = list(slots)
+    made = [pattern.new(w, size, "ordered", "positions", event.name) for size in event.outs[0].shape[-count:]]
+    pattern.out([*slots[: input.ndim - count], *made])
+    return pattern
+
+
+def spectrogram(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Spectra of windows of a signal, and back: a batch passes."""
+    pattern = Pattern("box")
+    for operand in event.operands:
+        pattern.take(operand, "ordered")
+    core = 1 if event.fn == "stft" else 3 if input.shape[-1] == 2 and not input.value.dtype.startswith("complex") else 2
+    slots = pattern.ins[input.slot]
+    lead = input.ndim - core
+    for letters in slots[:lead]:
+        set_role(letters, "broadcast")
+    made = [pattern.new(w, size, "ordered", "spectrum", event.name) for size in event.outs[0].shape[lead:]]
+    pattern.out([*slots[:lead], *made])
     return pattern
 
 
@@ -189,7 +221,7 @@ def resize(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) ->
     count = input.ndim - 2
     pattern = Pattern("resize")
     slots = pattern.take(input)
-    positions = _positions(w, event, pattern, input, slots, count, [False] * count, False)
+    positions = _positions(w, event, pattern, input, slots, count, [False] * count, [True] * count)
     pattern.out([*slots[:2], *positions])
     return pattern
 

@@ -1,0 +1,358 @@
+"""The claims of one op, tested on the numbers that went through it.
+
+For a broadcast or diagonal axis, running the op on any re-indexed operands (entries dropped and doubled) gives the
+re-indexed result; for a contracted, reduced or normalised axis the same holds for permutations. The same goes for each
+part of a sum that the op puts together or takes apart. And what is said to be one axis has to be one: re-indexing it at
+some of its places alone must not do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from circuitlab.circuit import PASSING_ROLES, Axis, Circuit, Op
+from circuitlab.trace.events import tensors_in
+from circuitlab.trace.permutable import Part, inside
+
+_SYMMETRIC = PASSING_ROLES | {"contracted", "reduced", "normalised", "created"}
+_ALIKE = _SYMMETRIC | {"joined"}
+_LARGE = 1 << 22
+"""Operands of more entries than this are not run again for each way to take an axis apart."""
+
+Spot = tuple[int, int, int, Part]
+"""Operand or result number, dimension, factor within the dimension or its part, part."""
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a circuit says.
+
+    Attributes:
+        kind: "broadcast", "diagonal", "contracted", "reduced", "normalised", "created" (of an op's axis),
+            "shape" (of an op), "permutable" (of a wire) or "compiled" (of the whole circuit).
+        subject: name of the op or wire. wire: name of the wire. source: the author's line.
+        error: largest difference found, relative to the largest number; None if it was not tested.
+        why: where it failed or could not be tested, the reason.
+    """
+
+    kind: str
+    subject: str
+    wire: str = ""
+    source: str = ""
+    error: float | None = None
+    why: str = ""
+
+
+@dataclass
+class Results:
+    held: list[Claim] = field(default_factory=list[Claim])
+    failed: list[Claim] = field(default_factory=list[Claim])
+    untestable: list[Claim] = field(default_factory=list[Claim])
+    tolerance: float = 1e-8
+    apart: dict[Any, str] = field(default_factory=dict[Any, str])
+
+    def add(self, claim: Claim, tolerance: float) -> None:
+        """Sort a tested claim by its error."""
+        bad = claim.error is None or not claim.error <= tolerance
+        (self.failed if bad else self.held).append(claim)
+
+
+def test_op(
+    circuit: Circuit, op: Op, func: Any, call: Any, results: list[torch.Tensor], found: Results,
+    generator: torch.Generator,
+) -> None:
+    """Test what a circuit says of an op that has just run.
+
+    Args:
+        circuit, op: what is claimed.
+        func, call: the function and its (args, kwargs).
+        results: what it gave.
+        found: gets the claims.
+        generator: draws the permutations.
+    """
+    if op.kind in ("random", "create"):
+        if op.kind == "random":
+            found.untestable.append(Claim("shape", op.name, source=op.source, why="it is random"))
+        return
+    if op.kind == "opaque" and not any(axis.role in _SYMMETRIC for axis in op.axes):
+        found.untestable.append(Claim("shape", op.name, source=op.source, why="it has no rule"))
+        return
+    run = _Runs(circuit, op, func, call, results)
+    found.tolerance = max(found.tolerance, run.tolerance)
+    for axis in op.axes:
+        if axis.role in _SYMMETRIC and axis.ins:
+            ins, outs = [(*place, None) for place in axis.ins], [(*place, None) for place in axis.outs]
+            if axis.role == "reduced":
+                # where the largest was: read by nobody, else the role were "ordered"
+                run.read = 1
+            _test_axis(run, axis, ins, outs, found, generator)
+            run.read = None
+    for wire, ins, outs in _parts(circuit, op):
+        _test_axis(run, Axis(wire, "joined"), ins, outs, found, generator)
+
+
+def _test_axis(
+    run: _Runs, axis: Axis, ins: list[Spot], outs: list[Spot], found: Results, generator: torch.Generator
+) -> None:
+    index = draw_index(run.sizes[axis.wire], axis.role in PASSING_ROLES, generator)
+    claim: dict[str, Any] = {"kind": axis.role, "subject": run.op.name, "wire": axis.wire, "source": run.op.source}
+    try:
+        error = run.error(index, ins, outs)
+    except _FAILURES as failure:
+        found.untestable.append(Claim(**claim, why=f"it does not run re-indexed: {failure}"))
+        return
+    why = "" if error <= run.tolerance else f"re-indexing {axis.wire} ({axis.role}) changes the result by {error:.2g}"
+    if not why and axis.role != "joined":
+        key = (run.signature, tuple(ins), tuple(outs))
+        if key not in found.apart:  # the next layer's op, of the same shapes, need not be taken apart again
+            found.apart[key] = _taken_apart(run, index, ins, outs)
+        apart = found.apart[key]
+        if apart:
+            why, error = apart, None
+    found.add(Claim(**claim, error=error, why=why), run.tolerance)
+
+
+_FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
+
+
+class _Runs:
+    """An op that can be run again, on changed operands."""
+
+    def __init__(self, circuit: Circuit, op: Op, func: Any, call: Any, results: list[torch.Tensor]) -> None:
+        self.op, self.func, self.call, self.results = op, func, call, results
+        self.sizes = {name: wire.size for name, wire in circuit.wires.items()}
+        self.circuit = circuit
+        self.operands = [tensor for _, tensor in tensors_in(call, torch.Tensor)]
+        self.tolerance = max((_tolerance(t.dtype) for t in (*results, *self.operands)), default=1e-8)
+        self.read: int | None = None
+        self.signature = str((op.fn, mapped(call, lambda tensor: (tuple(tensor.shape), tensor.dtype))))
+
+    def again(self, change: Callable[[int, torch.Tensor], torch.Tensor], call: Any) -> list[torch.Tensor]:
+        """Results with each operand, given by its number, changed."""
+        numbers = iter(range(len(self.operands)))
+        arguments, keywords = mapped(call, lambda tensor: change(next(numbers), tensor.clone()))
+        result = self.func(*arguments, **keywords)
+        if result is None and self.op.fn == "setitem":
+            result = arguments[0]
+        return [tensor for _, tensor in tensors_in(result, torch.Tensor)]
+
+    def reindexed(self, tensors: Sequence[torch.Tensor], index: torch.Tensor, spots: list[Spot], names: tuple[str, ...]
+                  ) -> list[torch.Tensor]:
+        """Tensors with entries of an axis at these spots chosen by the index."""
+        made = list(tensors)
+        for number, dim, factor, part in spots:
+            product = [self.sizes[name] for name in product_of(self.circuit, names[number], dim, part)]
+            made[number] = reindexed(made[number], dim, product, factor, part, index)
+        return made
+
+    def error(self, index: torch.Tensor, ins: list[Spot], outs: list[Spot], call: Any = None,
+              results: list[torch.Tensor] | None = None) -> float:
+        """How far re-indexed operands are from giving re-indexed results."""
+        call, results = (self.call, self.results) if call is None or results is None else (call, results)
+        operands = self.reindexed([t for _, t in tensors_in(call, torch.Tensor)], index, ins, self.op.inputs)
+        got = self.again(lambda number, _: operands[number].clone(), call)
+        expected = self.reindexed(results, index, outs, self.op.outputs)
+        pairs = list(zip(got, expected, strict=True))[: self.read]
+        return max((difference(a, b, _floor(call)) for a, b in pairs), default=0.0)
+
+    def moves(self, index: torch.Tensor, ins: list[Spot], outs: list[Spot], call: Any, results: list[torch.Tensor]) -> bool:
+        """Whether re-indexing changes any number at these spots."""
+        operands = [t for _, t in tensors_in(call, torch.Tensor)]
+        pairs = [*zip(self.reindexed(operands, index, ins, self.op.inputs), operands, strict=True)]
+        pairs += [*zip(self.reindexed(results, index, outs, self.op.outputs), results, strict=True)]
+        return any(difference(a, b) > 10 * self.tolerance for a, b in pairs)
+
+
+def _taken_apart(run: _Runs, index: torch.Tensor, ins: list[Spot], outs: list[Spot]) -> str:
+    """Why places are not of one axis: some of them alone can be re-indexed, and the others alone; "" if they are.
+
+    Numbers at hand may hide that they belong together (a mask that is all ones), so whatever is found has to hold for
+    random numbers too.
+    """
+    operands = run.operands
+    if len(ins) + len(outs) < 2 or sum(t.numel() for t in operands) > _LARGE or run.read is not None:
+        return ""
+    if any(operands[number].dtype not in _DRAWN for number, *_ in ins):
+        return ""
+    cases: list[tuple[Any, list[torch.Tensor]]] = [(run.call, run.results)]
+    for some, rest in _halves([(True, spot) for spot in ins] + [(False, spot) for spot in outs]):
+        try:
+            if all(_independent(run, index, some, rest, *case) for case in cases):
+                if len(cases) == 1:
+                    drawn = _drawn(run)
+                    if drawn is None:
+                        return ""
+                    cases.append(drawn)
+                    if not _independent(run, index, some, rest, *drawn):
+                        continue
+                return f"its places are not one axis: {len(some)} of {len(some) + len(rest)} can be re-indexed alone"
+        except _FAILURES:
+            continue
+    return ""
+
+
+_DRAWN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+                    torch.bool})
+
+
+def _halves(places: list[tuple[bool, Spot]]) -> Iterator[tuple[list[tuple[bool, Spot]], list[tuple[bool, Spot]]]]:
+    """All ways to take places apart in two; of many places, only those that split off one."""
+    count = len(places)
+    masks = range(1, 1 << (count - 1)) if count <= 5 else [1 << n for n in range(count)]
+    for mask in masks:
+        some = [place for n, place in enumerate(places) if mask >> n & 1]
+        yield some, [place for n, place in enumerate(places) if not mask >> n & 1]
+
+
+def _independent(
+    run: _Runs, index: torch.Tensor, some: list[tuple[bool, Spot]], rest: list[tuple[bool, Spot]], call: Any,
+    results: list[torch.Tensor],
+) -> bool:
+    """Whether each half can be re-indexed without the other, and that says something."""
+    for half in (some, rest):
+        ins, outs = [spot for read, spot in half if read], [spot for read, spot in half if not read]
+        if run.error(index, ins, outs, call, results) > run.tolerance or not run.moves(index, ins, outs, call, results):
+            return False
+    return True
+
+
+def _drawn(run: _Runs) -> tuple[Any, list[torch.Tensor]] | None:
+    """The call on random numbers, and its results; None where an operand does not matter at all."""
+    def draw(number: int, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bool:
+            return torch.rand(tensor.shape, device=tensor.device) < 0.5
+        return torch.randn_like(tensor) if tensor.dtype in _DRAWN else tensor
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        call = mapped(run.call, lambda tensor: draw(0, tensor))
+        results = run.again(lambda _, tensor: tensor, call)
+        for number, operand in enumerate(run.operands):
+            other = run.again(lambda n, t, number=number: draw(n, t) if n == number else t, call)
+            if operand.dtype in _DRAWN and operand.numel() and all(
+                difference(a, b) <= run.tolerance for a, b in zip(other, results, strict=True)
+            ):
+                return None
+    return call, results
+
+
+# parts of sums -------------------------------------------------------------------------------------------
+
+
+def _parts(circuit: Circuit, op: Op) -> Iterator[tuple[str, list[Spot], list[Spot]]]:
+    """Wires within the sums that an op puts together or takes apart, with all their spots in its operands and results.
+
+    A wire that the op also treats by its positions is left out.
+    """
+    if not any(axis.role == "joined" for axis in op.axes):
+        return
+    found: dict[str, tuple[list[Spot], list[Spot]]] = {}
+    for side, names in enumerate((op.inputs, op.outputs)):
+        for number, name in enumerate(names):
+            tensor = circuit.tensor(name)
+            for dim, wires in enumerate(tensor.dims):
+                for wire, factor, part in inside(circuit.wires, wires):
+                    found.setdefault(wire, ([], []))[side].append((number, dim, factor, part))
+    joined = {axis.wire for axis in op.axes if axis.role == "joined"}
+    pinned = {axis.wire for axis in op.axes if axis.role not in _ALIKE}
+    for wire in list(pinned):
+        pinned.update(name for name, *_ in inside(circuit.wires, (wire,)))
+    within = {name for wire in joined for name, *_ in inside(circuit.wires, (wire,))}
+    for wire, (ins, outs) in found.items():
+        if wire in within and wire not in pinned and ins and not circuit.wires[wire].parts:
+            yield wire, ins, outs
+
+
+def product_of(circuit: Circuit, tensor: str, dim: int, part: Part) -> tuple[str, ...]:
+    """The wires that a dimension, or a part of it, is the product of."""
+    names = circuit.tensor(tensor).dims[dim]
+    return names if part is None else next(found for at, found in _part_products(circuit, names, 0) if at == part)
+
+
+def _part_products(
+    circuit: Circuit, names: tuple[str, ...], offset: int
+) -> Iterator[tuple[tuple[int, int], tuple[str, ...]]]:
+    inner = math.prod(circuit.wires[name].size for name in names[1:])
+    for start, stop, parts in circuit.wires[names[0]].parts:
+        product = (*parts, *names[1:])
+        yield (offset + start * inner, offset + stop * inner), product
+        if parts:
+            yield from _part_products(circuit, product, offset + start * inner)
+
+
+# numbers -------------------------------------------------------------------------------------------------
+
+
+def reindexed(
+    tensor: torch.Tensor, dim: int, product: list[int], factor: int, part: Part, index: torch.Tensor
+) -> torch.Tensor:
+    """A tensor with entries of one factor of a dimension, or of a part of it, chosen by an index."""
+    if part is not None:
+        start, stop = part
+        made = tensor.clone()
+        made.narrow(dim, start, stop - start).copy_(
+            reindexed(tensor.narrow(dim, start, stop - start), dim, product, factor, None, index))
+        return made
+    shape = tensor.shape
+    wide = tensor.reshape(*shape[:dim], *product, *shape[dim + 1 :])
+    return wide.index_select(dim + factor, index.to(tensor.device)).reshape(shape)
+
+
+def mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
+    if type(value) in (tuple, list, torch.Size):
+        return type(value)(mapped(item, change) for item in value)
+    if type(value) is dict:
+        return {key: mapped(item, change) for key, item in value.items()}
+    if type(value) is slice:
+        return slice(*(mapped(item, change) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+def cloned(value: Any) -> Any:
+    return mapped(value, lambda tensor: tensor.detach().clone())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """The error that rounding may make, with room: a module may compute in less than float64 inside."""
+    return 1e-8 if not (dtype.is_floating_point or dtype.is_complex) else max(1e-8, 500 * torch.finfo(dtype).eps)
+
+
+def draw_index(size: int, any_map: bool, generator: torch.Generator) -> torch.Tensor:
+    """A random permutation, or for broadcast axes any map: some entries twice, some dropped."""
+    index = torch.randperm(size, generator=generator)
+    if any_map:
+        index[-1:] = index[:1]
+        return index
+    return index if not torch.equal(index, torch.arange(size)) else index.flip(0)
+
+
+def _floor(call: Any) -> float:
+    """Results much smaller than the operands are rounding: the mean of what was normalised is 1e-17, not a number."""
+    sizes = [t.detach().nan_to_num(0, 0, 0).abs().max() for _, t in tensors_in(call, torch.Tensor)
+             if t.is_floating_point() and t.numel()]
+    return 1e-4 * max((float(size) for size in sizes), default=0.0)
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
+    """Largest difference relative to the largest number; infinite where shapes or not-a-numbers disagree."""
+    if got.shape != expected.shape:
+        return float("inf")
+    if not got.numel():
+        return 0.0
+    if not (got.is_floating_point() or got.is_complex()):
+        return 0.0 if torch.equal(got, expected) else float("inf")
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    if bool(same.all()):
+        return 0.0
+    gap = torch.where(same, torch.zeros_like(got), got - expected).abs()
+    scale = torch.where(expected.isfinite(), expected, torch.zeros_like(expected)).abs().max()
+    value = float(gap.max() / scale.clamp_min(max(floor, 1e-30)))
+    return float("inf") if math.isnan(value) else value
