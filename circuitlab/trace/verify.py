@@ -230,9 +230,9 @@ def _test_op(tester: _Tester, op: Op, func: Any, call: Any, results: list[torch.
     tester.results.tolerance = max(tester.results.tolerance, tolerance)
     floor = _floor(call)
     for axis in op.axes:
-        if axis.role not in _TESTED or not axis.ins:
-            continue
         size = sizes[axis.wire]
+        if axis.role not in _TESTED or not axis.ins or not size:
+            continue
         index = _index(size, axis.role in PASSING_ROLES, tester.generator)
         claim: dict[str, Any] = {"kind": axis.role, "subject": op.name, "wire": axis.wire, "source": op.source}
         numbers = iter(range(len(inputs)))
@@ -353,7 +353,7 @@ def _permutations(
     double: bool,
 ) -> None:
     """Test each permutable wire: all at once, and one by one if that fails."""
-    wires = [wire for wire in circuit.wires.values() if wire.permutable]
+    wires = [wire for wire in circuit.wires.values() if wire.permutable and wire.size]
     if not wires:
         return
     if any(op.kind == "random" for op in circuit.ops):
