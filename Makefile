@@ -1,6 +1,7 @@
 # make lab    set everything up and open JupyterLab on the first notebook (ARGS=--no-browser without a screen)
 # make test   set everything up and run all tests: Python, TypeScript, browser
 # make bench  the benchmarks, as ratios in one run
+# make zoo    every model family of transformers, traced, verified and drawn: docs/families.md (about an hour of one core)
 #
 # TORCH= chooses another torch, e.g. TORCH="torch --index-url https://download.pytorch.org/whl/cu126"; the default is
 # whatever the machine's pip knows within the range, a CPU build where it knows one. PYTHON= chooses the Python.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: lab test browser check bench pictures clean
+.PHONY: lab test browser check bench zoo pictures clean
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab $(ROOT) $(ARGS) notebooks/01_draw.ipynb
@@ -36,6 +37,9 @@ check: $(VENV)/installed $(VENV)/test-tools
 bench: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench
 	$(BIN)/python -m tests.bench $(ARGS)
+
+zoo: $(VENV)/installed $(VENV)/test-tools
+	$(BIN)/python -m tests.families $(ARGS)
 
 pictures: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m tests.pictures

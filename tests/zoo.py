@@ -688,3 +688,9 @@ def _(self, x):
     for n in range(1, 10):
         found.append(torch.relu(getattr(self, f"l{n}")(torch.cat(found, -1))))
     return found[-1]
+
+
+@style("empty_axis", x(2, 3, 4), a=linear(4, 4))
+def _(self, x):
+    rest = self.a(x[:, 3:]).repeat_interleave(2, 1)
+    return torch.cat([x, rest.softmax(-1) + rest], 1), rest.sum(1)

@@ -84,8 +84,9 @@ def test_op(
     run = _Runs(circuit, op, func, call, results)
     found.tolerance = max(found.tolerance, run.tolerance)
     for axis in op.axes:
-        if axis.role in _SYMMETRIC and axis.ins:
-            ins, outs = [(*place, None) for place in axis.ins], [(*place, None) for place in axis.outs]
+        if axis.role in _SYMMETRIC and axis.ins and circuit.wires[axis.wire].size:
+            ins: list[Spot] = [(*place, None) for place in axis.ins]
+            outs: list[Spot] = [(*place, None) for place in axis.outs]
             if axis.role == "reduced":
                 # where the largest was: read by nobody, else the role were "ordered"
                 run.read = 1

@@ -32,6 +32,7 @@ class _Facts:
     """What happens to an atom in a run."""
 
     roles: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])  # (op kind, role)
+    alone: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])  # the same where it is a whole dimension
     created: list[Event] = field(default_factory=list[Event])
     contracted: list[Event] = field(default_factory=list[Event])
     inputs: list[tuple[Value, int]] = field(default_factory=list[tuple[Value, int]])
@@ -145,6 +146,8 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
             atom, role, ins, outs = axis.atom, axis.role, axis.ins, axis.outs
             fact = facts[id(atom)]
             fact.roles.add((pattern.kind, role))
+            if not any(len(leaves(operands[slot].value.dims[dim])) > 1 for slot, dim, _ in ins):
+                fact.alone.add((pattern.kind, role))
             fact.first = fact.first or event
             if id(atom) in seen and pattern.kind != "reindex":
                 fact.twice = True
@@ -221,12 +224,15 @@ def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
 
 
 def _is_batch(fact: _Facts, linear: bool) -> bool:
-    """The first dimension of an input of several, where nothing is computed along it."""
+    """The first dimension of an input of several, where nothing is computed along it on its own.
+
+    Batch and positions merged into one dimension of tokens, which experts pick from, are still batch and positions.
+    """
     return (
         any(dim == 0 and len(value.shape) > 1 for value, dim in fact.inputs)
         and not linear
         and not {("gather", "gathered"), ("scatter", "ordered"), ("scatter", "gathered"), ("contract", "contracted"),
-                 ("softmax", "normalised"), ("scan", "ordered"), ("embedding", "gathered")} & fact.roles
+                 ("softmax", "normalised"), ("scan", "ordered"), ("embedding", "gathered")} & fact.alone
     )
 
 
