@@ -57,13 +57,11 @@ js/node_modules: js/package-lock.json
 	cd js && npm ci --no-audit --no-fund --loglevel=error
 	touch $@
 
-# A development install: Python is editable, the JavaScript is linked to where JupyterLab looks for it.
+# A development install: Python is editable, the JavaScript is copied to where JupyterLab looks for it.
 $(VENV)/installed: $(VENV)/torch js/node_modules pyproject.toml $(wildcard js/src/*) circuitlab/diagram/theme.json
 	cd js && npm run --silent build
 	$(BIN)/uv pip install --quiet --python $(BIN)/python "hatchling>=1.27" "hatch-jupyter-builder>=0.9" editables
 	HATCH_JUPYTER_BUILDER_SKIP_NPM=1 $(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --editable ".[lab]"
-	mkdir -p $(VENV)/share/jupyter/labextensions
-	ln -sfn "$(CURDIR)/circuitlab/labextension" $(VENV)/share/jupyter/labextensions/circuitlab
 	touch $@
 
 $(VENV)/test-tools: $(VENV)/installed

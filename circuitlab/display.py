@@ -14,12 +14,16 @@ from typing import Any, Literal
 from circuitlab.circuit import Circuit
 from circuitlab.diagram import text as text_diagram
 from circuitlab.diagram.layout import draw
+from circuitlab.diagram.scene import Scene
 from circuitlab.diagram.svg import render
 from circuitlab.diagram.theme import tokens
 from circuitlab.errors import InputError
 
 MIME = "application/vnd.circuitlab.v1+json"
 """The scene type: rendered by the JupyterLab extension, kept in the notebook file."""
+
+VIEW_MIME = "application/vnd.circuitlab.view.v1+json"
+"""The same, of a live view: the extension shows it where the widget has no kernel."""
 
 DOCUMENT_VERSION = 1
 _MOST_MARKS = 8_000
@@ -63,32 +67,40 @@ def text(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
     return text_diagram.render(circuit, depth=depth, width=width)
 
 
-def document(circuit: Circuit, *, depth: int = 1, batch: bool = True) -> dict[str, Any]:
-    """The drawing with one scene for each distinct block that can be drilled into, as plain JSON data.
+def scenes(circuit: Circuit, *, batch: bool = True, **options: Any) -> dict[str, Scene]:
+    """The drawing, and one for each distinct block that can be drilled into from it; by the block's name.
 
-    A reader without a kernel opens a folded block by going to its scene. Repeated blocks are drawn once, so there
-    are few; past 8,000 marks no more scenes are added.
+    Repeated blocks are drawn once, so there are few; past 8,000 marks no more are added. Of the options of `svg`,
+    ``batch`` is for all scenes, the others are for the first.
     """
-    scenes: dict[str, Any] = {}
+    found: dict[str, Scene] = {}
     pending = [circuit.root.name]
-    total = 0
-    while pending and total < _MOST_MARKS:
+    while pending and sum(len(scene.marks) for scene in found.values()) < _MOST_MARKS:
         name = pending.pop(0)
-        if name in scenes:
+        if name in found:
             continue
-        scene = draw(circuit, block=name, depth=depth if name == circuit.root.name else 1, batch=batch)
-        scenes[name] = scene.to_dict()
-        total += len(scene.marks)
+        scene = draw(circuit, block=name, batch=batch, **(options if name == circuit.root.name else {}))
+        found[name] = scene
         pending.extend(key for key, state in scene.foldable.items() if state == "closed" and key != name)
-    return {"version": DOCUMENT_VERSION, "root": circuit.root.name, "scenes": scenes}
+    return found
 
 
-def mimebundle(circuit: Circuit) -> dict[str, Any]:
-    """What a notebook keeps: the scene type, an SVG for readers without the extension, and text."""
+def document(found: Mapping[str, Scene]) -> dict[str, Any]:
+    """Scenes as plain JSON data. A reader without a kernel opens a folded block by going to its scene."""
     return {
-        MIME: document(circuit),
-        "image/svg+xml": svg(circuit),
-        "text/plain": text(circuit),
+        "version": DOCUMENT_VERSION,
+        "root": next(iter(found)),
+        "scenes": {name: scene.to_dict() for name, scene in found.items()},
+    }
+
+
+def mimebundle(circuit: Circuit, *, mime: str = MIME, depth: int = 1, **options: Any) -> dict[str, Any]:
+    """What a notebook keeps: the scene type, an SVG for readers without the extension, and text."""
+    found = scenes(circuit, depth=depth, **options)
+    return {
+        mime: document(found),
+        "image/svg+xml": render(found[circuit.root.name]),
+        "text/plain": text(circuit, depth=depth),
     }
 
 
@@ -100,9 +112,9 @@ def html(circuit: Circuit, *, depth: int = 1, theme: str = "auto", batch: bool =
     if theme != "auto":
         tokens(theme)
     sections: list[str] = []
-    names = list(document(circuit, depth=depth, batch=batch)["scenes"])
-    for name in names:
-        scene = draw(circuit, block=name, depth=depth if name == circuit.root.name else 1, batch=batch)
+    found = scenes(circuit, depth=depth, batch=batch)
+    names = list(found)
+    for name, scene in found.items():
         pictures = [
             f'<div class="{which}">{render(scene, which)}</div>'
             for which in (("light", "dark") if theme == "auto" else (theme,))
@@ -159,7 +171,7 @@ def save(circuit: Circuit, path: str | Path, **options: Any) -> Path:
 
 def _json(circuit: Circuit, **options: Any) -> str:
     data = json.loads(circuit.to_json())
-    return json.dumps({**data, "diagram": document(circuit, **options)}, ensure_ascii=False)
+    return json.dumps({**data, "diagram": document(scenes(circuit, **options))}, ensure_ascii=False)
 
 
 def _converted(circuit: Circuit, *, suffix: str, scale: float = 2.0, **options: Any) -> bytes:

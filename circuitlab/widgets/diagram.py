@@ -11,6 +11,7 @@ import traitlets
 
 from circuitlab.circuit import Block, Circuit
 from circuitlab.diagram.layout import draw
+from circuitlab.display import VIEW_MIME, mimebundle
 from circuitlab.errors import CircuitlabError, InputError
 
 _BUNDLE = Path(__file__).parent / "static" / "widget.js"
@@ -94,8 +95,8 @@ class DiagramWidget(anywidget.AnyWidget):
 
     def _told(self, _: Any, content: dict[str, Any], __: Any) -> None:
         block = content.get("toggle")
-        if isinstance(block, str):
-            self.toggle(block)
+        if isinstance(block, str) and block in cast("dict[str, str]", self.scene["foldable"]):
+            self.toggle(block)  # else the click was on a drawing that has been replaced meanwhile
 
     def _redraw(self, change: Any = None) -> None:
         if not self._ready:
@@ -105,12 +106,24 @@ class DiagramWidget(anywidget.AnyWidget):
             self.opened, self.closed = (), ()
             self._ready = True
         self.deepest = _deepest(self.circuit.root)
-        scene = draw(
-            self.circuit, depth=self.depth, open=self.opened, closed=self.closed, batch=self.batch,
-            width=self.width, overlay=self.overlay, outputs=self.outputs,  # pyright: ignore[reportArgumentType]
-        )
-        self.scene = scene.to_dict()
+        self.scene = draw(self.circuit, **self._options()).to_dict()
         self._look()
+
+    def _options(self) -> dict[str, Any]:
+        """What `draw` takes."""
+        return {
+            "depth": self.depth, "open": self.opened, "closed": self.closed, "batch": self.batch,
+            "width": self.width, "overlay": self.overlay, "outputs": self.outputs,
+        }
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and what is on the screen now for a reader without its kernel."""
+        live: Any = super()._repr_mimebundle_(**kwargs)
+        data, metadata = live
+        return {**data, **mimebundle(self.circuit, mime=VIEW_MIME, **self._options())}, metadata
+
+    def __repr__(self) -> str:
+        return f"DiagramWidget({self.circuit!r}, depth={self.depth})"
 
     @traitlets.observe("search")
     def _look(self, _: Any = None) -> None:
@@ -128,12 +141,15 @@ class DiagramWidget(anywidget.AnyWidget):
     def _find_in(self, block: Block, words: str, shown: set[str], hider: str, found: list[str]) -> None:
         here = block.name if block.name in shown else hider
         if words in block.name.lower() or words in block.title.lower():
-            found += [block.name, here]
+            found += [block.name, here] if here else [block.name]
         for item in block.items:
             if isinstance(item, Block):
                 self._find_in(item, words, shown, here, found)
-            elif words in item.lower():
-                found += [item] if item in shown else [item, here]
+            elif words in item.lower() or any(words in name.lower() for name in self._parameters(item)):
+                found += [item] if item in shown or not here else [item, here]
+
+    def _parameters(self, op: str) -> list[str]:
+        return [name for name in self.circuit.op(op).inputs if self.circuit.tensor(name).kind == "parameter"]
 
     @traitlets.validate("selection")
     def _known(self, proposal: Any) -> str:

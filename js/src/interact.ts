@@ -1,8 +1,11 @@
 // A diagram on the page: draws a scene, and lets a person pan, zoom, point, select, search, fold and save.
 // It knows nothing of kernels: what a gesture means beyond the picture is told to `Hooks`.
 
+import { Frame } from "./frame.ts";
 import { svgText, type ThemeName, tokens } from "./render.ts";
+import { savePng, saveSvg } from "./save.ts";
 import type { Scene } from "./scene.ts";
+import { stopsOf } from "./stops.ts";
 import css from "./theme.css";
 
 export interface Hooks {
@@ -16,15 +19,8 @@ export interface Hooks {
 
 export type ThemeChoice = "auto" | ThemeName;
 
-interface View {
-  x: number;
-  y: number;
-  w: number;
-  h: number;
-}
-
 const NEAR = [0, -2, 2, -4, 4, -6, 6];
-const MOST_ZOOM = 12;
+const MOST_TURN = 30; // a mouse wheel's notch is 100 and more, a pinch a few at a time
 
 /** One diagram in an element. */
 export class Diagram {
@@ -34,10 +30,10 @@ export class Diagram {
   private readonly tip: HTMLElement;
   private readonly said: HTMLElement;
   private scene: Scene | undefined;
-  private svg: SVGSVGElement | undefined;
-  private seen: View = { x: 0, y: 0, w: 1, h: 1 };
+  private readonly frame: Frame;
   private selected = "";
-  private at = -1;
+  private at = ""; // where the arrow keys stand
+  private toggled = ""; // what a person has just unfolded or folded
   private choice: ThemeChoice = "auto";
   private readonly watch: MutationObserver;
   private readonly resize: ResizeObserver;
@@ -55,14 +51,16 @@ export class Diagram {
     this.search.placeholder = "Search ( / )";
     this.search.setAttribute("aria-label", "Search wires, operations and blocks");
     make("span", "cl-room", this.bar);
-    this.button("−", "Zoom out", () => this.zoom(1 / 1.3));
-    this.button("Fit", "Fit the whole diagram", () => this.fit());
-    this.button("+", "Zoom in", () => this.zoom(1.3));
-    this.button("SVG", "Save as SVG", () => this.saveSvg());
-    this.button("PNG", "Save as PNG", () => void this.savePng());
+    this.button("−", "Zoom out", () => this.frame.zoom(1 / 1.3));
+    this.button("Fit", "Fit the whole diagram", () => this.frame.fit());
+    this.button("+", "Zoom in", () => this.frame.zoom(1.3));
+    this.button("SVG", "Save as SVG", () => this.save("svg"));
+    this.button("PNG", "Save as PNG", () => this.save("png"));
     this.view = make("div", "cl-view", root);
     this.view.tabIndex = 0;
-    this.view.setAttribute("role", "group");
+    this.view.setAttribute("role", "application"); // the arrow keys are its own
+    this.view.setAttribute("aria-roledescription", "circuit diagram");
+    this.frame = new Frame(this.view);
     this.tip = make("div", "cl-tip", root);
     this.tip.hidden = true;
     this.said = make("div", "cl-said", root);
@@ -74,20 +72,20 @@ export class Diagram {
       attributeFilter: ["data-jp-theme-light", "class"],
     });
     this.media.addEventListener("change", this.followSystem);
-    this.resize = new ResizeObserver(() => this.frame());
+    this.resize = new ResizeObserver(() => this.frame.update());
     this.resize.observe(this.view);
   }
 
-  /** Draw a scene; the view is kept if it is the same block drawn anew. */
+  /** Draw a scene; the zoom is kept if it is the same block drawn anew. */
   show(scene: Scene): void {
     this.tip.hidden = true;
-    const fresh = this.scene?.block !== scene.block;
-    const zoomed = this.scene !== undefined && this.seen.w < this.scene.width - 1;
+    const anew = this.scene?.block === scene.block;
     this.scene = scene;
-    this.at = -1;
     this.draw();
-    if (fresh || !zoomed) this.fit();
-    else this.frame();
+    if (!anew) this.frame.fit();
+    this.mark(this.at);
+    if (this.toggled) this.frame.reveal(this.named(this.toggled)[0]);
+    this.toggled = "";
   }
 
   /** Choose "auto" (follow the page), "light", "dark" or "print". */
@@ -105,14 +103,14 @@ export class Diagram {
   /** Mark what a search has found. */
   found(names: Iterable<string>): void {
     const wanted = new Set(names);
+    const here = new Set<string>();
     for (const element of this.marked()) {
-      const { wire, op, block, role } = element.dataset;
-      const hit = [wire, op, role === "block" || role === "title" ? block : undefined].some(
-        (name) => name !== undefined && wanted.has(name),
-      );
-      element.classList.toggle("cl-found", hit);
+      const hits = namesOf(element).filter((name) => wanted.has(name));
+      element.classList.toggle("cl-found", hits.length > 0);
+      if (hits[0]) here.add(hits[0]);
     }
-    if (this.search.value) this.say(wanted.size ? `${wanted.size} found` : "nothing found");
+    if (this.search.value) this.say(here.size ? `${here.size} found here` : "nothing found");
+    else this.lightUp();
   }
 
   /** Names in this scene whose notes hold the words. */
@@ -131,30 +129,15 @@ export class Diagram {
     this.said.textContent = words;
   }
 
-  /** Save what is seen as a standalone SVG file. */
-  saveSvg(): void {
-    if (this.scene)
-      download(
-        new Blob([svgText(this.scene, this.themeName())], { type: "image/svg+xml" }),
-        this.file("svg"),
-      );
-  }
-
-  /** Save what is seen as a PNG file of twice its size. */
-  async savePng(): Promise<void> {
+  /** Save the drawing as a file. */
+  save(kind: "svg" | "png"): void {
     if (!this.scene) return;
-    const image = new Image();
-    const url = URL.createObjectURL(
-      new Blob([svgText(this.scene, this.themeName())], { type: "image/svg+xml" }),
-    );
-    image.src = url;
-    await image.decode();
-    URL.revokeObjectURL(url);
-    const canvas = document.createElement("canvas");
-    canvas.width = this.scene.width * 2;
-    canvas.height = this.scene.height * 2;
-    canvas.getContext("2d")?.drawImage(image, 0, 0, canvas.width, canvas.height);
-    canvas.toBlob((blob) => blob && download(blob, this.file("png")));
+    if (kind === "svg") saveSvg(this.scene, this.themeName());
+    else {
+      savePng(this.scene, this.themeName()).catch((error: Error) =>
+        this.say(`no PNG was saved: ${error.message}; save it as SVG`),
+      );
+    }
   }
 
   /** Let go of the page. */
@@ -185,14 +168,7 @@ export class Diagram {
     for (const key of ["ink", "paper", "quiet", "accent"]) {
       this.root.style.setProperty(`--cl-${key}`, colours[key] ?? "");
     }
-    const parsed = new DOMParser().parseFromString(
-      svgText(this.scene, name),
-      "image/svg+xml",
-    ).documentElement;
-    this.svg = document.importNode(parsed, true) as unknown as SVGSVGElement;
-    this.svg.querySelector("title")?.remove();
-    this.svg.setAttribute("aria-hidden", "true");
-    this.view.replaceChildren(this.svg);
+    this.frame.show(svgText(this.scene, name), this.scene);
     this.view.setAttribute(
       "aria-label",
       `${this.scene.description} Arrow keys move, Enter unfolds or folds.`,
@@ -202,75 +178,33 @@ export class Diagram {
       if (element.dataset.role === "title" && block && this.scene.foldable[block])
         element.classList.add("cl-fold");
     }
-    this.frame();
     this.lightUp();
     this.found(this.matches(this.search.value));
   }
 
-  private marked(): NodeListOf<SVGElement> {
-    return this.view.querySelectorAll<SVGElement>("[data-role]");
+  private marked(): NodeListOf<SVGGraphicsElement> {
+    return this.view.querySelectorAll<SVGGraphicsElement>("[data-role]");
+  }
+
+  private named(name: string): SVGGraphicsElement[] {
+    return [...this.marked()].filter((element) => namesOf(element).includes(name));
   }
 
   private lightUp(): void {
-    for (const element of this.marked()) {
-      const { wire, op, block, role } = element.dataset;
-      const owns = role === "block" || role === "plate" || !(wire || op);
-      const on =
-        this.selected !== "" &&
-        (wire === this.selected || op === this.selected || (owns && block === this.selected));
-      element.classList.toggle("cl-on", on);
-    }
+    const on = new Set(this.selected ? this.named(this.selected) : []);
+    for (const element of this.marked()) element.classList.toggle("cl-on", on.has(element));
     const note = this.scene?.notes[this.selected];
-    this.say(note ? note.join(" · ") : "");
-  }
-
-  // the window on the picture ----------------------------------------------------------------------------
-
-  /** Show all of it. */
-  fit(): void {
-    if (!this.scene) return;
-    this.seen = { x: 0, y: 0, w: this.scene.width, h: this.scene.height };
-    this.frame();
-  }
-
-  /** Zoom about a point of the picture, the middle if none is given. */
-  zoom(factor: number, x?: number, y?: number): void {
-    if (!this.scene) return;
-    const { seen, scene } = this;
-    const least = scene.width / MOST_ZOOM;
-    const w = Math.min(Math.max(seen.w / factor, least), scene.width);
-    const scale = w / seen.w;
-    const [px, py] = [x ?? seen.x + seen.w / 2, y ?? seen.y + seen.h / 2];
-    this.seen = { x: px - (px - seen.x) * scale, y: py - (py - seen.y) * scale, w, h: seen.h * scale };
-    this.frame();
-  }
-
-  private pan(dx: number, dy: number): void {
-    this.seen = { ...this.seen, x: this.seen.x + dx, y: this.seen.y + dy };
-    this.frame();
-  }
-
-  private frame(): void {
-    if (!this.scene || !this.svg) return;
-    const { scene, seen } = this;
-    seen.x = Math.min(Math.max(seen.x, 0), scene.width - seen.w);
-    seen.y = Math.min(Math.max(seen.y, 0), scene.height - seen.h);
-    const room = this.view.clientWidth || scene.width;
-    const width = Math.min(scene.width, room);
-    this.svg.setAttribute("width", String(width));
-    this.svg.setAttribute("height", String((scene.height * width) / scene.width));
-    this.svg.setAttribute("viewBox", `${seen.x} ${seen.y} ${seen.w} ${seen.h}`);
-  }
-
-  private perPixel(): number {
-    return this.seen.w / (this.svg?.clientWidth || this.seen.w);
+    const missing = this.selected ? [`${this.selected} is not in this drawing: folded, or a repeat`] : [];
+    this.say((note ?? missing).join(" · "));
   }
 
   // gestures ---------------------------------------------------------------------------------------------
 
   private listen(): void {
     let start: { x: number; y: number; moved: boolean } | undefined;
+    let dragged = false;
     this.view.addEventListener("pointerdown", (event) => {
+      dragged = false;
       if (event.button === 0) start = { x: event.clientX, y: event.clientY, moved: false };
     });
     this.view.addEventListener("pointermove", (event) => {
@@ -281,19 +215,23 @@ export class Diagram {
       const [dx, dy] = [event.clientX - start.x, event.clientY - start.y];
       if (!start.moved && Math.hypot(dx, dy) < 4) return;
       if (!start.moved) this.view.setPointerCapture(event.pointerId);
+      dragged = true;
       this.view.classList.add("cl-moving");
       this.tip.hidden = true;
-      this.pan(-dx * this.perPixel(), -dy * this.perPixel());
+      this.frame.pan(-dx, -dy);
       start = { x: event.clientX, y: event.clientY, moved: true };
     });
-    const end = (event: PointerEvent): void => {
-      if (start && !start.moved) this.click(event);
-      start = undefined;
-      this.view.classList.remove("cl-moving");
-    };
-    this.view.addEventListener("pointerup", end);
-    this.view.addEventListener("pointercancel", () => {
-      start = undefined;
+    for (const kind of ["pointerup", "pointercancel"]) {
+      this.view.addEventListener(kind, () => {
+        start = undefined;
+        this.view.classList.remove("cl-moving");
+      });
+    }
+    this.view.addEventListener("click", (event) => {
+      if (!dragged && event.detail < 2) this.click(event); // the second click of a double click is no click of its own
+    });
+    this.view.addEventListener("dblclick", (event) => {
+      if (!this.pointed(event)) this.frame.fit();
     });
     this.view.addEventListener("pointerleave", () => {
       this.tip.hidden = true;
@@ -301,22 +239,16 @@ export class Diagram {
     this.view.addEventListener(
       "wheel",
       (event) => {
-        if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
+        const turned = event.deltaY * (event.deltaMode === WheelEvent.DOM_DELTA_PIXEL ? 1 : 16);
+        if (event.ctrlKey || event.metaKey)
+          this.frame.zoom(1.01 ** -Math.min(Math.max(turned, -MOST_TURN), MOST_TURN), event);
+        else if (Math.abs(event.deltaX) <= Math.abs(event.deltaY) || !this.frame.pan(event.deltaX, 0)) return; // the page scrolls
         event.preventDefault();
-        const box = this.svg?.getBoundingClientRect();
-        if (!box) return;
-        const k = this.perPixel();
-        this.zoom(
-          1.0015 ** -event.deltaY,
-          this.seen.x + (event.clientX - box.x) * k,
-          this.seen.y + (event.clientY - box.y) * k,
-        );
       },
       { passive: false },
     );
-    this.view.addEventListener("dblclick", () => this.fit());
     this.root.addEventListener("keydown", (event) => this.key(event));
-    this.root.addEventListener("circuitlab:save-svg", () => this.saveSvg());
+    this.root.addEventListener("circuitlab:save-svg", () => this.save("svg"));
     for (const kind of ["pointerdown", "focusin"]) {
       this.root.addEventListener(kind, () => {
         for (const other of document.querySelectorAll(".circuitlab.cl-last"))
@@ -330,7 +262,7 @@ export class Diagram {
     });
   }
 
-  private pointed(event: PointerEvent): SVGElement | undefined {
+  private pointed(event: MouseEvent): SVGElement | undefined {
     const under = (dy: number): SVGElement | undefined => {
       const tree = this.root.getRootNode() as Document | ShadowRoot;
       const element = tree.elementFromPoint(event.clientX, event.clientY + dy);
@@ -346,11 +278,16 @@ export class Diagram {
     return direct;
   }
 
-  private click(event: PointerEvent): void {
+  private click(event: MouseEvent): void {
     const element = this.pointed(event);
     const { wire, op, block, role } = element?.dataset ?? {};
-    if (!wire && block && role !== "plate" && this.scene?.foldable[block]) this.hooks.toggle(block);
+    if (!wire && block && role !== "plate" && this.scene?.foldable[block]) this.toggle(block);
     else this.choose(wire || op || block || "");
+  }
+
+  private toggle(block: string): void {
+    this.toggled = block;
+    this.hooks.toggle(block);
   }
 
   private choose(name: string): void {
@@ -375,34 +312,34 @@ export class Diagram {
     );
     const box = this.root.getBoundingClientRect();
     const x = Math.min(event.clientX - box.x + 14, Math.max(0, box.width - this.tip.offsetWidth - 4));
+    const [above, below] = [event.clientY - this.tip.offsetHeight - 10, event.clientY + 16];
+    const fits = below + this.tip.offsetHeight < Math.min(box.bottom, window.innerHeight);
     this.tip.style.left = `${x}px`;
-    this.tip.style.top = `${event.clientY - box.y + 16}px`;
+    this.tip.style.top = `${Math.max(0, (fits ? below : above) - box.y)}px`;
   }
 
   private key(event: KeyboardEvent): void {
-    if (event.target === this.search) {
-      if (event.key === "Escape") {
-        this.search.value = "";
-        this.search.dispatchEvent(new Event("input"));
-        this.view.focus();
-      }
-      event.stopPropagation();
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (this.bar.contains(event.target as Node)) {
+      if (event.key === "Enter" && event.shiftKey) return; // runs the cell
+      if (event.target === this.search) this.searchKey(event.key);
+      event.stopPropagation(); // else the notebook takes arrows and letters
       return;
     }
-    if (event.target !== this.view || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target !== this.view) return;
     const actions: Record<string, () => void> = {
       "/": () => this.search.focus(),
-      "+": () => this.zoom(1.3),
-      "=": () => this.zoom(1.3),
-      "-": () => this.zoom(1 / 1.3),
-      "0": () => this.fit(),
+      "+": () => this.frame.zoom(1.3),
+      "=": () => this.frame.zoom(1.3),
+      "-": () => this.frame.zoom(1 / 1.3),
+      "0": () => this.frame.fit(),
       Escape: () => this.choose(""),
       Enter: () => this.enter(),
       " ": () => this.enter(),
-      ArrowRight: () => (event.shiftKey ? this.pan(40, 0) : this.walk(1)),
-      ArrowLeft: () => (event.shiftKey ? this.pan(-40, 0) : this.walk(-1)),
-      ArrowDown: () => (event.shiftKey ? this.pan(0, 40) : this.walkWires(1)),
-      ArrowUp: () => (event.shiftKey ? this.pan(0, -40) : this.walkWires(-1)),
+      ArrowRight: () => (event.shiftKey ? this.frame.pan(40, 0) : this.walk(1)),
+      ArrowLeft: () => (event.shiftKey ? this.frame.pan(-40, 0) : this.walk(-1)),
+      ArrowDown: () => (event.shiftKey ? this.frame.pan(0, 40) : this.walkWires(1)),
+      ArrowUp: () => (event.shiftKey ? this.frame.pan(0, -40) : this.walkWires(-1)),
     };
     const action = actions[event.key];
     if (!action) return;
@@ -411,40 +348,53 @@ export class Diagram {
     action();
   }
 
-  /** Blocks and glyphs, in the order they ran. */
-  private stops(): string[] {
-    const names = [...this.marked()].map(({ dataset: { role, op, block } }) =>
-      role === "wire" || role === "label" ? "" : op || block || "",
-    );
-    return [...new Set(names)].filter((name) => name);
+  private searchKey(key: string): void {
+    if (key === "Enter") this.nextFound();
+    if (key !== "Escape") return;
+    this.search.value = "";
+    this.search.dispatchEvent(new Event("input"));
+    this.view.focus();
+  }
+
+  private nextFound(): void {
+    const found = [...this.marked()].filter((element) => element.classList.contains("cl-found"));
+    const names = [...new Set(found.map((element) => namesOf(element)[0] ?? ""))];
+    const at = (names.indexOf(this.at) + 1) % names.length;
+    const name = names[at];
+    if (!name) return;
+    this.mark(name);
+    this.frame.reveal(this.named(name)[0]);
+    this.say([`${at + 1} of ${names.length}`, ...(this.scene?.notes[name] ?? [name])].join(" · "));
   }
 
   private walk(step: number): void {
-    const stops = this.stops();
+    const stops = stopsOf(this.marked());
     if (!stops.length) return;
-    this.at = (this.at + step + stops.length + (this.at < 0 && step < 0 ? 1 : 0)) % stops.length;
-    const name = stops[this.at] ?? "";
-    for (const element of this.marked()) {
-      const { op, block, role } = element.dataset;
-      element.classList.toggle("cl-at", role !== "wire" && role !== "title" && (op || block) === name);
-    }
-    this.say([`${this.at + 1} of ${stops.length}`, ...(this.scene?.notes[name] ?? [name])].join(" · "));
+    const at = next(stops.indexOf(this.at), step, stops.length);
+    const name = stops[at] ?? "";
+    this.mark(name);
+    this.frame.reveal(this.named(name)[0]);
+    this.say([`${at + 1} of ${stops.length}`, ...(this.scene?.notes[name] ?? [name])].join(" · "));
+  }
+
+  /** Mark where the arrow keys stand. */
+  private mark(name: string): void {
+    this.at = name;
+    const here = new Set(name ? this.named(name) : []);
+    for (const element of this.marked())
+      element.classList.toggle("cl-at", here.has(element) && element.dataset.role !== "title");
   }
 
   private walkWires(step: number): void {
     const wires = [...new Set([...this.marked()].map((element) => element.dataset.wire ?? ""))].filter(
       (name) => name,
     );
-    if (!wires.length) return;
-    const at = wires.indexOf(this.selected);
-    this.choose(wires[(at + step + wires.length + (at < 0 && step < 0 ? 1 : 0)) % wires.length] ?? "");
+    if (wires.length) this.choose(wires[next(wires.indexOf(this.selected), step, wires.length)] ?? "");
   }
 
   private enter(): void {
-    const name = this.stops()[this.at];
-    if (!name) return;
-    if (this.scene?.foldable[name]) this.hooks.toggle(name);
-    else this.choose(name);
+    if (this.scene?.foldable[this.at]) this.toggle(this.at);
+    else if (this.at) this.choose(this.at);
   }
 
   private button(label: string, title: string, action: () => void): void {
@@ -455,11 +405,16 @@ export class Diagram {
     button.setAttribute("aria-label", title);
     button.addEventListener("click", action);
   }
+}
 
-  private file(suffix: string): string {
-    const name = [this.scene?.title, this.scene?.block].filter((part) => part).join("-") || "circuit";
-    return `${name.replace(/[^\w.-]+/g, "_")}.${suffix}`;
-  }
+/** The names that a mark stands for: its wire, or its op and the block that is only that op. */
+function namesOf({ dataset: { wire, op, block } }: SVGElement): string[] {
+  return [wire, op, block].filter((name): name is string => Boolean(name));
+}
+
+/** A step from one place to the next, round and round; -1 is before the first and after the last. */
+function next(at: number, step: number, count: number): number {
+  return at < 0 ? (step > 0 ? 0 : count - 1) : (at + step + count) % count;
 }
 
 /** A new child of an element. */
@@ -482,12 +437,4 @@ function style(element: HTMLElement): void {
   sheet.dataset.circuitlab = "";
   sheet.textContent = css;
   home.append(sheet);
-}
-
-function download(blob: Blob, name: string): void {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }

@@ -4,8 +4,11 @@ declare module "@lumino/widgets" {
   export class Widget {
     constructor();
     readonly node: HTMLElement;
-    addClass(name: string): void;
+    readonly disposed: { connect(slot: () => void): void };
     dispose(): void;
+  }
+  export class Panel extends Widget {
+    readonly widgets: readonly Widget[];
   }
 }
 

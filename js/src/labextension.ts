@@ -1,6 +1,8 @@
-// "Save circuit as SVG" in JupyterLab's command palette. It saves the diagram that was used last, else the first seen.
+// "Save circuit as SVG" in JupyterLab's command palette, which saves the diagram that was used last, else the first
+// seen; and live views that last.
 
 import { ICommandPalette } from "@jupyterlab/apputils";
+import { type Notebook, showViews } from "./view.ts";
 
 interface App {
   commands: {
@@ -8,6 +10,9 @@ interface App {
       id: string,
       options: { label: string; caption: string; isEnabled: () => boolean; execute: () => void },
     ): unknown;
+  };
+  docRegistry: {
+    addWidgetExtension(kind: string, extension: { createNew: (panel: Notebook) => void }): unknown;
   };
 }
 
@@ -22,7 +27,7 @@ function current(): Element | null {
 
 export default {
   id: "circuitlab:commands",
-  description: "Commands for neural circuit diagrams.",
+  description: "Commands for neural circuit diagrams, and drawings in place of live views without a kernel.",
   autoStart: true,
   optional: [ICommandPalette],
   activate(app: App, palette: ICommandPalette | null): void {
@@ -33,5 +38,6 @@ export default {
       execute: () => current()?.dispatchEvent(new CustomEvent("circuitlab:save-svg")),
     });
     palette?.addItem({ command: COMMAND, category: "Circuitlab" });
+    app.docRegistry.addWidgetExtension("Notebook", { createNew: showViews });
   },
 };

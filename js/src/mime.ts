@@ -1,10 +1,11 @@
-// Renderer of the scene type and of `.circuit.json` files: no kernel needed.
+// Renderer of the scene types and of `.circuit.json` files: no kernel needed.
 
 import { Widget } from "@lumino/widgets";
 import type { Diagram } from "./interact.ts";
 import { showDocument } from "./lasting.ts";
 
 const MIME = "application/vnd.circuitlab.v1+json";
+const VIEW_MIME = "application/vnd.circuitlab.view.v1+json"; // of a live view, where that has no kernel
 
 interface MimeModel {
   readonly data: Record<string, unknown>;
@@ -15,7 +16,7 @@ class CircuitWidget extends Widget {
 
   async renderModel(model: MimeModel): Promise<void> {
     this.diagram?.dispose();
-    this.diagram = showDocument(this.node, model.data[MIME]);
+    this.diagram = showDocument(this.node, model.data[MIME] ?? model.data[VIEW_MIME]);
   }
 
   override dispose(): void {
@@ -29,7 +30,7 @@ export default {
   description: "Shows neural circuit diagrams.",
   rendererFactory: {
     safe: true,
-    mimeTypes: [MIME],
+    mimeTypes: [MIME, VIEW_MIME],
     createRenderer: () => new CircuitWidget(),
   },
   rank: 0,

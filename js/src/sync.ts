@@ -15,18 +15,31 @@ export interface Traits {
   theme: ThemeChoice;
 }
 
+const PATIENCE = 1000; // ms
+
 /** Show a model in an element; gives what undoes it. */
 export function connect(model: AnyModel<Traits>, root: HTMLElement): () => void {
+  const tell = (message: () => void): void => {
+    try {
+      message();
+    } catch {
+      clearTimeout(waiting);
+      diagram.say("The kernel that drew this is gone: run the cell again.");
+    }
+  };
+  const set = <K extends keyof Traits>(trait: K, value: Traits[K]): void =>
+    tell(() => {
+      model.set(trait, value);
+      model.save_changes();
+    });
+  let waiting: ReturnType<typeof setTimeout> | undefined;
   const diagram = new Diagram(root, {
-    toggle: (block) => model.send({ toggle: block }),
-    select(name) {
-      model.set("selection", name);
-      model.save_changes();
+    toggle(block) {
+      waiting = setTimeout(() => diagram.say("Waiting for the kernel, which is busy or gone."), PATIENCE);
+      tell(() => model.send({ toggle: block }));
     },
-    search(words) {
-      model.set("search", words);
-      model.save_changes();
-    },
+    select: (name) => set("selection", name),
+    search: (words) => set("search", words),
   });
   const label = make("label", "", diagram.bar);
   diagram.bar.prepend(label);
@@ -34,12 +47,12 @@ export function connect(model: AnyModel<Traits>, root: HTMLElement): () => void 
   const slider = make("input", "", label);
   slider.type = "range";
   slider.min = "0";
-  slider.addEventListener("input", () => {
-    model.set("depth", Number(slider.value));
-    model.save_changes();
-  });
+  slider.addEventListener("input", () => set("depth", Number(slider.value)));
   const updates: Record<string, () => void> = {
-    "change:scene": () => diagram.show(readScene(model.get("scene"))),
+    "change:scene"() {
+      clearTimeout(waiting);
+      diagram.show(readScene(model.get("scene")));
+    },
     "change:selection": () => diagram.select(model.get("selection")),
     "change:search": () => {
       if (diagram.search.value !== model.get("search")) diagram.search.value = model.get("search");
@@ -57,6 +70,7 @@ export function connect(model: AnyModel<Traits>, root: HTMLElement): () => void 
     model.on(event, update);
   }
   return () => {
+    clearTimeout(waiting);
     for (const [event, update] of Object.entries(updates)) model.off(event, update);
     diagram.dispose();
   };
