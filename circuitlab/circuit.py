@@ -96,6 +96,7 @@ class Tensor:
         dtype: "float32", "int64" ...
         kind: "input", "parameter", "buffer", "constant" or "value".
         op: name of the op that made it, "" for the first four kinds.
+        until: name of the last op that ran while Python held the array, "" if it was held to the end.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Tensor:
     dtype: str
     kind: str = "value"
     op: str = ""
+    until: str = ""
 
 
 @dataclass(frozen=True)
@@ -372,6 +374,10 @@ class Circuit:
     def verify(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Test every claim on numbers. See `circuitlab.trace.verify.verify`."""
         return _late("trace.verify").verify(self, model, *args, **kwargs)
+
+    def cost(self) -> Any:
+        """Operations and memory of every block and op, as a DataFrame. See `circuitlab.cost.cost`."""
+        return _late("cost").cost(self)
 
     def to_torch(self, model: Any) -> Any:
         """A module compiled from the circuit, sharing the model's parameters. See `circuitlab.trace.compile.to_torch`."""

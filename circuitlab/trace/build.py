@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from circuitlab.circuit import Axis, Circuit, Op, Place, Tensor, Wire
 from circuitlab.trace import naming, rules
-from circuitlab.trace.calls import call_text
+from circuitlab.trace.calls import call_text, writes
 from circuitlab.trace.events import Event, Recording, Value
 from circuitlab.trace.nest import Building
 from circuitlab.trace.permutable import permutability, places_of
@@ -75,8 +76,9 @@ def build(
     atoms = _atoms(values, made)
     named = naming.name_wires(recording, atoms, made, given)
     dims_of = {id(v): tuple([tuple([named[id(a)].name for a in leaves(dim)]) for dim in v.dims]) for v in values}
+    until = _until(recording, events)
     tensors = tuple(
-        Tensor(v.name, v.shape, dims_of[id(v)], v.dtype, v.kind, v.event.name if v.event else "") for v in values
+        Tensor(v.name, v.shape, dims_of[id(v)], v.dtype, v.kind, v.event.name if v.event else "", until(v)) for v in values
     )
     ops = tuple(_op(event, pattern, axes, named) for event, pattern, axes in made)
     kept = {event.name for event in events}
@@ -132,6 +134,13 @@ def _used(recording: Recording, events: list[Event]) -> list[Value]:
     return [v for v in recording.values if id(v) in used and not (id(v) in seen or seen.add(id(v)))]
 
 
+def _until(recording: Recording, events: list[Event]) -> Callable[[Value], str]:
+    """Value -> the last of those events that ran while it was held, "" if it was held to the end."""
+    kept = {id(event) for event in events}
+    names = list(itertools.accumulate((e.name if id(e) in kept else "" for e in recording.events), lambda a, b: b or a))
+    return lambda value: names[value.gone - 1] if 0 < value.gone <= len(names) else ""
+
+
 def _axes(event: Event, pattern: Pattern) -> Axes:
     axes = Axes()
     for operand in event.operands:
@@ -174,9 +183,14 @@ def _op(event: Event, pattern: Pattern, axes: Axes, named: dict[int, naming.Name
         outputs=tuple(out.name for out in event.outs),
         axes=tuple([Axis(named[id(a.atom)].name, a.role, tuple(a.ins), tuple(a.outs)) for a in axes.found]),
         source=event.source,
-        attrs={key: _plain(value) for key, value in pattern.attrs.items()},
+        attrs={key: _plain(value) for key, value in pattern.attrs.items()} | ({"inplace": True} if _is_in_place(event) else {}),
         call=call_text(event),
     )
+
+
+def _is_in_place(event: Event) -> bool:
+    """Whether the first operand was written to."""
+    return event.fn == "write" or rules.in_place(event.fn) or writes(event.func, event.args, event.kwargs)
 
 
 def _plain(value: Any) -> Any:

@@ -120,9 +120,15 @@ class Recorder(TorchFunctionMode):
 
     def _bind(self, tensor: torch.Tensor, value: Value) -> _Entry:
         key = id(tensor)
-        entry = _Entry(weakref.ref(tensor, lambda _, key=key: self.entries.pop(key, None)), value)
+        entry = _Entry(weakref.ref(tensor, lambda _, key=key: self._gone(key)), value)
         self.entries[key] = entry
         return entry
+
+    def _gone(self, key: int) -> None:
+        """A tensor object has died."""
+        entry = self.entries.pop(key, None)
+        if entry is not None:
+            entry.value.gone = len(self.recording.events)
 
     def entry(self, tensor: torch.Tensor) -> _Entry:
         """The entry of a tensor object, made now if it was never seen: a parameter, a buffer, a constant."""

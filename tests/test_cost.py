@@ -1,0 +1,119 @@
+"""Costs read off the wires, against torch's own counter and against the memory that a run really held."""
+
+import weakref
+
+import pytest
+import torch
+from tests.zoo import SMALL, ZOO
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import circuitlab as cl
+from circuitlab.gallery import gpt, resnet, unet
+from circuitlab.trace.events import tensors_in
+
+UNSEEN = {
+    "torch_transformer", "torch_transformer_encoder",  # a fused kernel, which torch's counter does not know
+    "torch_lstm",  # a fused kernel too; gru and the cells are counted and agree
+    "torch_bilinear", "torch_spectral_norm",  # the counter leaves out trilinear products and matrix times vector
+    "vmap",  # opaque
+}
+
+
+def run(model, args, kwargs, mode):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode:
+        model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [
+    name if name not in UNSEEN else pytest.param(name, marks=pytest.mark.xfail(strict=True)) for name in ZOO
+])
+def test_flops_agree_with_the_flop_counter(name):
+    torch.manual_seed(0)
+    model, args, kwargs = ZOO[name]()
+    model.eval()
+    costs = cl.trace(model, *args, **kwargs).cost()
+    counter = FlopCounterMode(display=False)
+    run(model, args, kwargs, counter)
+    assert costs.flops[0] == counter.get_total_flops()
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of memory that were held at once, but for what was there before."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = {tensor.untyped_storage()._cdata for tensor in before}
+        self.now, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.now and storage._cdata not in self.before:
+                    self.now[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.now.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.now.values()))
+        return result
+
+
+def hugging_face(config, model, **options):
+    import transformers
+
+    settings = {**SMALL, "hidden_size": 64, "intermediate_size": 256, **options}
+    return getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
+
+
+def models():
+    tokens = torch.randint(0, 39, (4, 64))
+    plain = {"use_cache": False}
+    yield "gpt", gpt.GPT(), (tokens,), {}
+    yield "unet", unet.UNet(), (torch.randn(2, 1, 64, 64),), {}
+    yield "resnet", resnet.IdentityBlock(16, 32, 2).eval(), (torch.randn(2, 16, 64, 64),), {}
+    yield "mlp", nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(inplace=True)), (torch.randn(32, 64),), {}
+    yield "transformer", nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 256, batch_first=True), 2), (torch.randn(4, 64, 64),), {}
+    yield "hf_gpt2", hugging_face("GPT2Config", "GPT2LMHeadModel"), (tokens,), plain
+    yield "hf_llama", hugging_face("LlamaConfig", "LlamaForCausalLM", num_key_value_heads=2), (tokens,), plain
+    yield "hf_bert", hugging_face("BertConfig", "BertModel"), (tokens,), {}
+
+
+@pytest.mark.parametrize(("name", "model", "args", "kwargs"), [pytest.param(*case, id=case[0]) for case in models()])
+def test_the_peak_of_live_memory_is_within_a_fifth(name, model, args, kwargs):
+    costs = cl.trace(model, *args, **kwargs).cost()
+    inputs = [tensor for _, tensor in tensors_in((args, kwargs), torch.Tensor)]
+    held = Held([*inputs, *model.parameters(), *model.buffers()])
+    run(model, args, kwargs, held)
+    mine = costs.live[0] - sum(tensor.nbytes for tensor in inputs)
+    assert 0.8 * held.most <= mine <= 1.2 * held.most
+
+
+def test_polynomials_are_in_wires_and_blocks_add_up():
+    model = gpt.GPT()
+    circuit = cl.trace(model, torch.zeros(2, 16, dtype=torch.long))
+    costs = circuit.cost().set_index("name")
+    assert costs.flops_in_wires["blocks.0.mlp"] == "4 b d f x̄"
+    assert costs.flops["blocks.0.mlp"] == 4 * 2 * 64 * 256 * 16
+    assert "2 b h k x̄²" in costs.flops_in_wires["blocks.0.attention/scaled_dot_product_attention"]
+    assert costs.memory_in_wires["blocks.0.mlp.up.linear"] == "4 b f x̄"
+    ops = costs[costs.kind == "op"]
+    for column in ("flops", "entries", "memory"):
+        assert ops[column].sum() == costs[column].iloc[0]
+    assert costs.parameters.iloc[0] == sum(p.nbytes for p in model.parameters())
+    assert costs.live.iloc[0] == ops.live.max()
+    assert not costs.unknown.any()
+
+
+def test_an_overlay_of_costs_is_drawn():
+    circuit = cl.trace(gpt.GPT(), torch.zeros(2, 16, dtype=torch.long))
+    costs = circuit.cost()
+    assert circuit.svg(depth=2, overlay=dict(zip(costs.name[1:], costs.flops[1:], strict=True))) != circuit.svg(depth=2)
+
+
+def test_ops_without_a_rule_are_counted_as_unknown():
+    model, args, kwargs = ZOO["vmap"]()
+    costs = cl.trace(model, *args, **kwargs).cost()
+    assert costs.unknown[0] == len(cl.trace(model, *args, **kwargs).opaque) > 0
