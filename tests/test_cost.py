@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import circuitlab as cl
+from circuitlab.diagram.check import look
+from circuitlab.diagram.layout import draw
 from circuitlab.gallery import gpt, resnet, unet
 from circuitlab.trace.events import tensors_in
 
@@ -108,9 +110,15 @@ def test_polynomials_are_in_wires_and_blocks_add_up():
 
 
 def test_an_overlay_of_costs_is_drawn():
+    """The darkest is the largest shown, what is open is left alone, and a scale says from where to where."""
     circuit = cl.trace(gpt.GPT(), torch.zeros(2, 16, dtype=torch.long))
-    costs = circuit.cost()
-    assert circuit.svg(depth=2, overlay=dict(zip(costs.name[1:], costs.flops[1:], strict=True))) != circuit.svg(depth=2)
+    costs = circuit.cost().set_index("name").flops["blocks.0":].to_dict()
+    marks = draw(circuit, depth=2, overlay=costs).marks
+    tints = {mark.block: mark.opacity for mark in marks if mark.role == "block" and mark.fill == "accent"}
+    assert tints["blocks.0.mlp"] > tints["blocks.0.attention"] > 0
+    assert all(mark.fill != "accent" for mark in marks if mark.role == "plate" and mark.block == "blocks.0")
+    assert [m.text for m in marks if m.role == "legend" and m.text] == ["0", f"{costs['blocks.0.mlp']:,}"]
+    assert look(draw(circuit, depth=2, overlay=costs)).ok
 
 
 def test_ops_without_a_rule_are_counted_as_unknown():

@@ -81,13 +81,16 @@ def draw(
         page = _Page(shown, drawing, place(drawing), width)
     page.draw(left_out_note(left_out))
     marks = page.pen.plates + page.pen.marks
+    if overlay:
+        marks = tinted(marks, overlay, circuit, page.height + 8)
+        page.height += 20.0
     return Scene(
         block=block,
         title=shown.title,
         description=describe(shown, drawing),
         width=round(page.width, 1),
         height=round(page.height, 1),
-        marks=tuple(tinted(marks, overlay, circuit) if overlay else marks),
+        marks=tuple(marks),
         foldable=drawing.foldable,
         notes=notes_of(shown, marks),
     )

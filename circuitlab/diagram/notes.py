@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.drawing import Drawing
+from circuitlab.diagram.metrics import width
 from circuitlab.diagram.scene import Mark
 from circuitlab.errors import InputError
 
@@ -51,23 +51,51 @@ def notes_of(circuit: Circuit, marks: Iterable[Mark]) -> dict[str, tuple[str, ..
     return notes
 
 
-def tinted(marks: list[Mark], overlay: Mapping[str, float], circuit: Circuit) -> list[Mark]:
-    """The marks, tinted from the smallest to the largest number; wires by width."""
+def tinted(marks: list[Mark], overlay: Mapping[str, float], circuit: Circuit, y: float) -> list[Mark]:
+    """The marks, tinted from the smallest to the largest number shown; wires by width. And a scale, at a height.
+
+    A plate is tinted where nothing that stands on it is.
+    """
     known = set(circuit.wires) | {op.name for op in circuit.ops} | {b.name for b in circuit.root.blocks()}
     unknown = [name for name in overlay if name not in known]
     if unknown:
         raise InputError(f"overlay has {unknown[0]!r}, which is no wire, op or block of this circuit")
-    values: dict[str, float] = {name: float(value) for name, value in overlay.items()}
+    filled = [mark for mark in marks if mark.shape != "text" and mark.role in ("glyph", "block") and mark.fill not in ("", "ink")]
+    of = {id(m): next((n for n in (m.op, m.block) if n in overlay), "") for m in filled}
+    of |= {id(m): m.wire for m in marks if m.role == "wire" and m.wire in overlay}
+    shown = set(of.values())
+    for plate in (m for m in marks if m.role == "plate" and m.block in overlay):
+        inside = circuit.block(plate.block)
+        if not shown & {*inside.op_names(), *(block.name for block in inside.blocks() if block is not inside)}:
+            of[id(plate)] = plate.block
+    values = {name: float(overlay[name]) for name in of.values() if name}
+    if not values:
+        return marks
     low, high = min(values.values()), max(values.values())
     made: list[Mark] = []
     for mark in marks:
-        name = next((n for n in (mark.wire, mark.op, mark.block) if n in values), None)
-        if name is not None and mark.role in ("wire", "glyph", "block", "plate"):
+        name = of.get(id(mark), "")
+        if name:
             share = (values[name] - low) / (high - low) if high > low else 1.0
-            change: dict[str, Any] = {"opacity": round(0.25 + 0.75 * share, 3)}
-            change |= {"stroke": "accent", "width": 1.3 + 2.2 * share} if mark.role == "wire" else {"fill": "accent"}
             if mark.role == "wire":
-                change.pop("opacity")
-            mark = replace(mark, **change)
+                mark = replace(mark, stroke="accent", width=1.3 + 2.2 * share)
+            else:
+                mark = replace(mark, fill="accent", opacity=_tint(share))
         made.append(mark)
+    x = 18.0
+    least, most = (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in (low, high))
+    made.append(Mark("text", "legend", x=x, y=y, text=least, font="title", size=11, anchor="start", fill="quiet"))
+    x += width(least, 11, "title") + 8
+    for step in range(_STEPS):
+        made.append(Mark("rect", "legend", x=x + 14 * step, y=y - 9, w=14, h=10, fill="accent", opacity=_tint(step / (_STEPS - 1))))
+    x += 14 * _STEPS + 8
+    made.append(Mark("text", "legend", x=x, y=y, text=most, font="title", size=11, anchor="start", fill="quiet"))
     return made
+
+
+_STEPS = 6
+
+
+def _tint(share: float) -> float:
+    """Opacity of a share: the largest still lets text be read."""
+    return round(0.08 + 0.52 * share, 3)

@@ -24,7 +24,7 @@ class Mark:
 
     Attributes:
         shape: "path" (uses d), "rect" (x, y, w, h, r: corner radius), "circle" (x, y, r) or "text" (x, y: baseline).
-        role: what it means: "wire", "label", "plate", "block", "glyph", "dash", "bracket", "title", "dot", "flag",
+        role: what it means: "wire", "label", "plate", "block", "glyph", "dash", "bracket", "title", "dot", "flag", "legend",
             "hit" (an invisible, clickable area) ...
         id: unique in the scene where the mark can be pointed at, else "".
         wire, op, block: names in the circuit of what it stands for, else "".
