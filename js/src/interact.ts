@@ -78,7 +78,7 @@ export class Diagram {
       attributeFilter: ["data-jp-theme-light", "class"],
     });
     this.media.addEventListener("change", this.followSystem);
-    this.resize = new ResizeObserver(() => this.frame.update());
+    this.resize = new ResizeObserver(() => this.frame.measure());
     this.resize.observe(this.view);
   }
 
