@@ -5,6 +5,7 @@ import torch
 import traitlets
 
 import circuitlab as cl
+from circuitlab import display
 from circuitlab.gallery.gpt import GPT
 
 
@@ -58,6 +59,31 @@ def test_search_finds_what_is_folded_away_by_the_block_that_hides_it(view):
     assert "d" in view.found
     view.search = ""
     assert view.found == []
+
+
+def test_search_finds_parameters(view):
+    view.search = "mlp.up.bias"
+    assert "blocks.0.mlp.up.linear" in view.found
+    assert "blocks.0.mlp" in view.found
+    assert "" not in view.found
+
+
+def test_a_click_on_a_drawing_that_is_gone_does_nothing(view):
+    view.depth = 1
+    before = view.scene
+    view._told(view, {"toggle": "blocks.0.mlp"}, [])
+    assert view.scene == before
+
+
+def test_output_keeps_the_drawing_for_readers_without_the_kernel(view):
+    view.toggle("blocks.0.mlp")
+    data, _ = view._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data
+    document = data[display.VIEW_MIME]
+    assert document["scenes"][document["root"]] == view.scene
+    assert "blocks.0.attention" in document["scenes"]
+    assert "GELU" in data["image/svg+xml"]
+    assert data["text/plain"].startswith("GPT")
 
 
 def test_other_choices_redraw(view):

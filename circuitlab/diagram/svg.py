@@ -43,6 +43,8 @@ def _mark(mark: Mark, colours: dict[str, str]) -> str:
     }
     if mark.stroke:
         paint["stroke-width"] = _number(mark.width)
+    if mark.role == "wire" and not mark.dash:
+        paint["stroke-linecap"] = "round"  # no gaps where a wire is drawn in pieces
     if mark.dash:
         paint["stroke-dasharray"] = " ".join(_number(length) for length in mark.dash)
     if mark.fill and mark.opacity != 1.0:

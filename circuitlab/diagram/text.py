@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.drawing import Band, Drawing, Node
 from circuitlab.diagram.labels import block_title
@@ -41,14 +43,23 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
 def _table(circuit: Circuit, drawing: Drawing, rows: list[tuple[str, str, str]], width: int) -> list[str]:
     ins = ", ".join(f"{n.label}: {_array(drawing.signs, n.outs[0])}" for n in drawing.nodes if n.kind == "input" and n.outs)
     outs = ", ".join(_array(drawing.signs, n.ins[0]) for n in drawing.nodes if n.kind == "output" and n.ins)
-    first = max((len(row[0]) for row in rows), default=0)
-    second = max((len(row[1]) for row in rows), default=0)
+    first = max((_cells(row[0]) for row in rows), default=0)
+    second = max((_cells(row[1]) for row in rows), default=0)
     lines = [f"{circuit.title}   {ins}  →  {outs}"]
-    lines += [f"  {a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows]
+    lines += [f"  {_padded(a, first)}  {_padded(b, second)}  {c}".rstrip() for a, b, c in rows]
     shown = {name for n in drawing.nodes for band in (*n.ins, *n.outs) for t in band.tracks for name in t.wires}
     legend = [f"{sign}={circuit.wires[name].size}" for name, sign in drawing.signs.items() if name in shown]
     lines.append("  where " + ", ".join(dict.fromkeys(legend)))
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+
+
+def _cells(text: str) -> int:
+    """How wide a text is: the bar of x̄ is a character of its own, and takes no room."""
+    return sum(not unicodedata.combining(sign) for sign in text)
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - _cells(text))
 
 
 def _heading(drawing: Drawing, name: str) -> str:

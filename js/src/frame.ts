@@ -14,6 +14,9 @@ export class Frame {
   private size: Size = { width: 1, height: 1 };
   private seen = { x: 0, y: 0, w: 1 }; // the part that is seen; its height follows from the picture's shape
 
+  private room = 0; // width of the element, measured seldom: asking for it is slow
+  private scrolls = false; // whether the picture is larger than the element
+
   constructor(private readonly view: HTMLElement) {}
 
   /** Show a picture; a zoomed one keeps its scale, any other is fitted. */
@@ -26,8 +29,9 @@ export class Frame {
     this.svg.querySelector("title")?.remove();
     this.svg.setAttribute("aria-hidden", "true");
     this.view.replaceChildren(this.svg);
+    this.room = this.view.clientWidth;
     this.seen.w = zoomed ? Math.min(scale * this.shownWidth(), size.width) : size.width;
-    this.update();
+    this.measure();
   }
 
   /** Show all of it. */
@@ -52,9 +56,11 @@ export class Frame {
   /** Move by pixels of the screen; whether there was room to. */
   pan(dx: number, dy: number): boolean {
     const { x, y, w } = this.seen;
-    const { scrollLeft, scrollTop } = this.view;
-    this.view.scrollBy(dx, dy);
-    if (this.view.scrollLeft !== scrollLeft || this.view.scrollTop !== scrollTop) return true;
+    if (this.scrolls) {
+      const { scrollLeft, scrollTop } = this.view;
+      this.view.scrollBy(dx, dy);
+      if (this.view.scrollLeft !== scrollLeft || this.view.scrollTop !== scrollTop) return true;
+    }
     const k = this.perPixel();
     this.seen = { x: x + dx * k, y: y + dy * k, w };
     this.update();
@@ -74,14 +80,21 @@ export class Frame {
   }
 
   /** Fit the frame to the room that there is. */
-  update(): void {
+  measure(): void {
+    const { size, view } = this;
+    this.room = view.clientWidth;
+    const width = this.shownWidth();
+    this.svg?.setAttribute("width", String(width));
+    this.svg?.setAttribute("height", String((size.height * width) / size.width));
+    this.update();
+    this.scrolls = view.scrollWidth > view.clientWidth || view.scrollHeight > view.clientHeight;
+  }
+
+  private update(): void {
     const { seen, size } = this;
     const h = this.seenHeight();
     seen.x = Math.min(Math.max(seen.x, 0), size.width - seen.w);
     seen.y = Math.min(Math.max(seen.y, 0), size.height - h);
-    const width = this.shownWidth();
-    this.svg?.setAttribute("width", String(width));
-    this.svg?.setAttribute("height", String((size.height * width) / size.width));
     this.svg?.setAttribute("viewBox", `${seen.x} ${seen.y} ${seen.w} ${h}`);
   }
 
@@ -91,7 +104,7 @@ export class Frame {
 
   private shownWidth(): number {
     const { width } = this.size;
-    return Math.min(width, Math.max(this.view.clientWidth || width, LEAST_SCALE * width));
+    return Math.min(width, Math.max(this.room || width, LEAST_SCALE * width));
   }
 
   private perPixel(): number {

@@ -3,7 +3,7 @@
 
 import { Frame } from "./frame.ts";
 import { svgText, type ThemeName, tokens } from "./render.ts";
-import { savePng, saveSvg } from "./save.ts";
+import { litText, savePng, saveSvg } from "./save.ts";
 import type { Scene } from "./scene.ts";
 import { stopsOf } from "./stops.ts";
 import css from "./theme.css";
@@ -13,13 +13,18 @@ export interface Hooks {
   toggle(block: string): void;
   /** A wire, op or block was selected; "" for none. */
   select?(name: string): void;
-  /** Something is searched for. */
+  /** Something is searched for, by whoever knows of more than is drawn: it will tell `found`. */
   search?(words: string): void;
 }
 
 export type ThemeChoice = "auto" | ThemeName;
 
-const NEAR = [0, -2, 2, -4, 4, -6, 6];
+const NEAR = [2, 4, 6].flatMap((d) => [
+  [0, -d],
+  [0, d],
+  [-d, 0],
+  [d, 0],
+]); // pixels from a thin wire that still hit it
 const MOST_TURN = 30; // a mouse wheel's notch is 100 and more, a pinch a few at a time
 
 /** One diagram in an element. */
@@ -34,6 +39,7 @@ export class Diagram {
   private selected = "";
   private at = ""; // where the arrow keys stand
   private toggled = ""; // what a person has just unfolded or folded
+  private wanted: ReadonlySet<string> = new Set(); // what a search has found
   private choice: ThemeChoice = "auto";
   private readonly watch: MutationObserver;
   private readonly resize: ResizeObserver;
@@ -72,7 +78,7 @@ export class Diagram {
       attributeFilter: ["data-jp-theme-light", "class"],
     });
     this.media.addEventListener("change", this.followSystem);
-    this.resize = new ResizeObserver(() => this.frame.update());
+    this.resize = new ResizeObserver(() => this.frame.measure());
     this.resize.observe(this.view);
   }
 
@@ -83,8 +89,11 @@ export class Diagram {
     this.scene = scene;
     this.draw();
     if (!anew) this.frame.fit();
-    this.mark(this.at);
-    if (this.toggled) this.frame.reveal(this.named(this.toggled)[0]);
+    const state = scene.foldable[this.toggled];
+    if (state) {
+      this.frame.reveal(this.named(this.toggled)[0]);
+      this.say(`${this.toggled} ${state === "open" ? "unfolded" : "folded"}`);
+    }
     this.toggled = "";
   }
 
@@ -98,11 +107,13 @@ export class Diagram {
   select(name: string): void {
     this.selected = name;
     this.lightUp();
+    this.saySelected();
   }
 
   /** Mark what a search has found. */
   found(names: Iterable<string>): void {
     const wanted = new Set(names);
+    this.wanted = wanted;
     const here = new Set<string>();
     for (const element of this.marked()) {
       const hits = namesOf(element).filter((name) => wanted.has(name));
@@ -110,7 +121,7 @@ export class Diagram {
       if (hits[0]) here.add(hits[0]);
     }
     if (this.search.value) this.say(here.size ? `${here.size} found here` : "nothing found");
-    else this.lightUp();
+    else this.saySelected();
   }
 
   /** Names in this scene whose notes hold the words. */
@@ -129,12 +140,13 @@ export class Diagram {
     this.said.textContent = words;
   }
 
-  /** Save the drawing as a file. */
+  /** Save the whole drawing as a file, with what is selected. */
   save(kind: "svg" | "png"): void {
     if (!this.scene) return;
-    if (kind === "svg") saveSvg(this.scene, this.themeName());
+    const text = litText(svgText(this.scene, this.themeName()), this.marked());
+    if (kind === "svg") saveSvg(this.scene, text);
     else {
-      savePng(this.scene, this.themeName()).catch((error: Error) =>
+      savePng(this.scene, text).catch((error: Error) =>
         this.say(`no PNG was saved: ${error.message}; save it as SVG`),
       );
     }
@@ -179,7 +191,8 @@ export class Diagram {
         element.classList.add("cl-fold");
     }
     this.lightUp();
-    this.found(this.matches(this.search.value));
+    this.mark(this.at);
+    this.found(this.hooks.search ? this.wanted : this.matches(this.search.value));
   }
 
   private marked(): NodeListOf<SVGGraphicsElement> {
@@ -193,6 +206,9 @@ export class Diagram {
   private lightUp(): void {
     const on = new Set(this.selected ? this.named(this.selected) : []);
     for (const element of this.marked()) element.classList.toggle("cl-on", on.has(element));
+  }
+
+  private saySelected(): void {
     const note = this.scene?.notes[this.selected];
     const missing = this.selected ? [`${this.selected} is not in this drawing: folded, or a repeat`] : [];
     this.say((note ?? missing).join(" · "));
@@ -263,16 +279,16 @@ export class Diagram {
   }
 
   private pointed(event: MouseEvent): SVGElement | undefined {
-    const under = (dy: number): SVGElement | undefined => {
+    const under = (dx: number, dy: number): SVGElement | undefined => {
       const tree = this.root.getRootNode() as Document | ShadowRoot;
-      const element = tree.elementFromPoint(event.clientX, event.clientY + dy);
+      const element = tree.elementFromPoint(event.clientX + dx, event.clientY + dy);
       const marked = element?.closest<SVGElement>("[data-role]");
       return marked && this.view.contains(marked) ? marked : undefined;
     };
-    const direct = under(0);
+    const direct = under(0, 0);
     if (direct && direct.dataset.role !== "plate") return direct;
-    for (const dy of NEAR) {
-      const near = under(dy);
+    for (const [dx = 0, dy = 0] of NEAR) {
+      const near = under(dx, dy);
       if (near?.dataset.wire) return near;
     }
     return direct;

@@ -49,6 +49,7 @@ function drawn(mark: Mark, colours: Record<string, string>): string {
     ["stroke", mark.stroke ? (colours[mark.stroke] ?? "none") : "none"],
   ];
   if (mark.stroke) paint.push(["stroke-width", number(mark.width)]);
+  if (mark.role === "wire" && !mark.dash?.length) paint.push(["stroke-linecap", "round"]);
   if (mark.dash?.length) paint.push(["stroke-dasharray", mark.dash.map(number).join(" ")]);
   if (mark.fill && (mark.opacity ?? 1) !== 1) paint.push(["fill-opacity", number(mark.opacity)]);
   if (mark.shape === "path") return `<path${attributes([["d", mark.d ?? ""], ...names, ...paint])}/>`;

@@ -1,20 +1,32 @@
 // What is seen, as a file of its own.
 
-import { svgText, type ThemeName } from "./render.ts";
 import type { Scene } from "./scene.ts";
 
 /** The longest side of a picture that browsers can draw, in pixels. */
 const LONGEST = 16_000;
 
-/** Save a scene as a standalone SVG file. */
-export function saveSvg(scene: Scene, theme: ThemeName): void {
-  download(svgBlob(scene, theme), fileName(scene, "svg"));
+/** A scene's SVG with what is lit up on the page; `marks` are its marks there. */
+export function litText(text: string, marks: Iterable<SVGElement>): string {
+  const copy = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
+  const copied = copy.querySelectorAll("[data-role]");
+  [...marks].forEach((mark, n) => {
+    if (!mark.classList.contains("cl-on")) return;
+    const seen = getComputedStyle(mark);
+    for (const name of ["fill", "stroke", "stroke-width"])
+      copied[n]?.setAttribute(name, seen.getPropertyValue(name));
+  });
+  return `${new XMLSerializer().serializeToString(copy)}\n`;
 }
 
-/** Save a scene as a PNG file of twice its size, less where that is more than a browser can draw. */
-export async function savePng(scene: Scene, theme: ThemeName): Promise<void> {
+/** Save a scene's SVG as a file. */
+export function saveSvg(scene: Scene, text: string): void {
+  download(svgBlob(text), fileName(scene, "svg"));
+}
+
+/** Save a scene's SVG as a PNG file of twice its size, less where that is more than a browser can draw. */
+export async function savePng(scene: Scene, text: string): Promise<void> {
   const image = new Image();
-  const url = URL.createObjectURL(svgBlob(scene, theme));
+  const url = URL.createObjectURL(svgBlob(text));
   image.src = url;
   await image.decode();
   URL.revokeObjectURL(url);
@@ -28,8 +40,8 @@ export async function savePng(scene: Scene, theme: ThemeName): Promise<void> {
   download(blob, fileName(scene, "png"));
 }
 
-function svgBlob(scene: Scene, theme: ThemeName): Blob {
-  return new Blob([svgText(scene, theme)], { type: "image/svg+xml" });
+function svgBlob(text: string): Blob {
+  return new Blob([text], { type: "image/svg+xml" });
 }
 
 function fileName(scene: Scene, suffix: string): string {

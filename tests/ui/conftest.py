@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
@@ -76,7 +79,10 @@ def lab(tmp_path_factory):
         yield url, token, work
     finally:
         server.terminate()
-        server.wait(20)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:  # it waits for a kernel that was only starting
+            server.kill()
 
 
 class Lab:
@@ -98,6 +104,12 @@ class Lab:
         self.page.evaluate("window.jupyterapp.restored")
         if path:
             self.command("docmanager:open", {"path": path})
+
+    def write(self, path, *cells):
+        """A notebook of code cells."""
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+        notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells], metadata=kernel)
+        (self.work / path).write_text(nbformat.writes(notebook))
 
     def command(self, name, arguments=None):
         return self.page.evaluate(
@@ -152,11 +164,17 @@ def browser(chromium):
         found.close()
 
 
-@pytest.fixture
-def jupyter(browser, lab):
+@contextmanager
+def opened(browser, lab):
+    """JupyterLab in a page of its own, in which no error and no request to elsewhere may occur."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
-    page = context.new_page()
-    found = Lab(page, *lab)
+    found = Lab(context.new_page(), *lab)
     yield found
     context.close()
     assert found.problems == []
+
+
+@pytest.fixture
+def jupyter(browser, lab):
+    with opened(browser, lab) as found:
+        yield found
