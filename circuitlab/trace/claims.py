@@ -110,7 +110,8 @@ def _test_axis(
     if not why and axis.role != "joined":
         key = (run.signature, tuple(ins), tuple(outs))
         if key not in found.apart:  # the next layer's op, of the same shapes, need not be taken apart again
-            found.apart[key] = _taken_apart(run, index, ins, outs)
+            passing = axis.role in PASSING_ROLES
+            found.apart[key] = _taken_apart(run, lambda: draw_index(len(index), passing, generator), ins, outs)
         apart = found.apart[key]
         if apart:
             why, error = apart, None
@@ -168,28 +169,24 @@ class _Runs:
         return any(difference(a, b) > 10 * self.tolerance for a, b in pairs)
 
 
-def _taken_apart(run: _Runs, index: torch.Tensor, ins: list[Spot], outs: list[Spot]) -> str:
+def _taken_apart(run: _Runs, draw: Callable[[], torch.Tensor], ins: list[Spot], outs: list[Spot]) -> str:
     """Why places are not of one axis: some of them alone can be re-indexed, and the others alone; "" if they are.
 
     Numbers at hand may hide that they belong together (a mask that is all ones), so whatever is found has to hold for
-    random numbers too.
+    random numbers too, several times.
     """
     operands = run.operands
     if len(ins) + len(outs) < 2 or sum(t.numel() for t in operands) > _LARGE or run.read is not None:
         return ""
     if any(operands[number].dtype not in _DRAWN for number, *_ in ins):
         return ""
-    cases: list[tuple[Any, list[torch.Tensor]]] = [(run.call, run.results)]
+    cases: list[tuple[Any, list[torch.Tensor]] | None] = []
     for some, rest in _halves([(True, spot) for spot in ins] + [(False, spot) for spot in outs]):
         try:
-            if all(_independent(run, index, some, rest, *case) for case in cases):
-                if len(cases) == 1:
-                    drawn = _drawn(run)
-                    if drawn is None:
-                        return ""
-                    cases.append(drawn)
-                    if not _independent(run, index, some, rest, *drawn):
-                        continue
+            if not _independent(run, draw(), some, rest, run.call, run.results):
+                continue
+            cases = cases or [_drawn(run, seed) for seed in range(4)]
+            if all(case is not None and _independent(run, draw(), some, rest, *case) for case in cases):
                 return f"its places are not one axis: {len(some)} of {len(some) + len(rest)} can be re-indexed alone"
         except _FAILURES:
             continue
@@ -221,7 +218,7 @@ def _independent(
     return True
 
 
-def _drawn(run: _Runs) -> tuple[Any, list[torch.Tensor]] | None:
+def _drawn(run: _Runs, seed: int) -> tuple[Any, list[torch.Tensor]] | None:
     """The call on random numbers, and its results; None where an operand does not matter at all."""
     def draw(number: int, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype == torch.bool:
@@ -229,7 +226,7 @@ def _drawn(run: _Runs) -> tuple[Any, list[torch.Tensor]] | None:
         return torch.randn_like(tensor) if tensor.dtype in _DRAWN else tensor
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         call = mapped(run.call, lambda tensor: draw(0, tensor))
         results = run.again(lambda _, tensor: tensor, call)
         for number, operand in enumerate(run.operands):
@@ -264,7 +261,9 @@ def _parts(circuit: Circuit, op: Op) -> Iterator[tuple[str, list[Spot], list[Spo
         pinned.update(name for name, *_ in inside(circuit.wires, (wire,)))
     within = {name for wire in joined for name, *_ in inside(circuit.wires, (wire,))}
     for wire, (ins, outs) in found.items():
-        if wire in within and wire not in pinned and ins and not circuit.wires[wire].parts:
+        if wire not in within or wire in pinned or circuit.wires[wire].parts or not ins or not outs:
+            continue
+        if op.kind != "cat" or len(ins) == len(outs):  # else some copy of it was cut into single entries
             yield wire, ins, outs
 
 
