@@ -142,8 +142,9 @@ def _watched(
         results = Results()
         tester.circuit, tester.results, tester.generator = circuit, results, generator
         try:
-            _, output = record(model, args, kwargs, meta=False, recorder_class=tester,
-                               prepare=_to_double if double else None)
+            with random_state():
+                _, output = record(model, args, kwargs, meta=False, recorder_class=tester,
+                                   prepare=_to_double if double else None)
         except RunError as error:
             # a module may ask for its dtype, and take another way in float64
             if isinstance(error.cause, VerificationError) and not double:
