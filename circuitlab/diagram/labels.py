@@ -26,14 +26,13 @@ def labels(wires: Mapping[str, Wire], shown: Iterable[tuple[str, ...]]) -> dict[
     found: dict[str, str] = {}
     taken: set[str] = set()
     for track in shown:
-        name = track[0]
-        if name in found:
-            continue
-        wire = wires[name]
-        sign = wire.label if wire.kind == "channel" else _base(wire)
-        if sign in taken:
-            sign = next(other for other in _others(wire) if other not in taken)
-        taken.add(sign)
+        sign = next((found[name] for name in track if name in found), "")
+        if not sign:
+            wire = wires[track[0]]
+            sign = wire.label if wire.kind == "channel" else _base(wire)
+            if sign in taken:
+                sign = next(other for other in _others(wire) if other not in taken)
+            taken.add(sign)
         for each in track:
             found.setdefault(each, sign)
     return found

@@ -87,7 +87,7 @@ def test_op(
         if axis.role in _SYMMETRIC and axis.ins and circuit.wires[axis.wire].size:
             ins: list[Spot] = [(*place, None) for place in axis.ins]
             outs: list[Spot] = [(*place, None) for place in axis.outs]
-            if axis.role == "reduced":
+            if axis.role == "reduced" and len(results) > 1:
                 # where the largest was: read by nobody, else the role were "ordered"
                 run.read = 1
             _test_axis(run, axis, ins, outs, found, generator)
@@ -99,10 +99,10 @@ def test_op(
 def _test_axis(
     run: _Runs, axis: Axis, ins: list[Spot], outs: list[Spot], found: Results, generator: torch.Generator
 ) -> None:
-    index = draw_index(run.sizes[axis.wire], axis.role in PASSING_ROLES, generator)
+    index, *more = _indices(run.sizes[axis.wire], axis.role in PASSING_ROLES, generator)
     claim: dict[str, Any] = {"kind": axis.role, "subject": run.op.name, "wire": axis.wire, "source": run.op.source}
     try:
-        error = run.error(index, ins, outs)
+        error = max(run.error(each, ins, outs) for each in (index, *more))
     except _FAILURES as failure:
         found.untestable.append(Claim(**claim, why=f"it does not run re-indexed: {failure}"))
         return
@@ -110,7 +110,8 @@ def _test_axis(
     if not why and axis.role != "joined":
         key = (run.signature, tuple(ins), tuple(outs))
         if key not in found.apart:  # the next layer's op, of the same shapes, need not be taken apart again
-            found.apart[key] = _taken_apart(run, index, ins, outs)
+            passing = axis.role in PASSING_ROLES
+            found.apart[key] = _taken_apart(run, lambda: draw_index(len(index), passing, generator), ins, outs)
         apart = found.apart[key]
         if apart:
             why, error = apart, None
@@ -168,45 +169,38 @@ class _Runs:
         return any(difference(a, b) > 10 * self.tolerance for a, b in pairs)
 
 
-def _taken_apart(run: _Runs, index: torch.Tensor, ins: list[Spot], outs: list[Spot]) -> str:
+def _taken_apart(run: _Runs, draw: Callable[[], torch.Tensor], ins: list[Spot], outs: list[Spot]) -> str:
     """Why places are not of one axis: some of them alone can be re-indexed, and the others alone; "" if they are.
 
     Numbers at hand may hide that they belong together (a mask that is all ones), so whatever is found has to hold for
-    random numbers too.
+    random numbers too, several times.
     """
     operands = run.operands
     if len(ins) + len(outs) < 2 or sum(t.numel() for t in operands) > _LARGE or run.read is not None:
         return ""
-    if any(operands[number].dtype not in _DRAWN for number, *_ in ins):
-        return ""
-    cases: list[tuple[Any, list[torch.Tensor]]] = [(run.call, run.results)]
+    cases: list[tuple[Any, list[torch.Tensor]] | None] = []
     for some, rest in _halves([(True, spot) for spot in ins] + [(False, spot) for spot in outs]):
         try:
-            if all(_independent(run, index, some, rest, *case) for case in cases):
-                if len(cases) == 1:
-                    drawn = _drawn(run)
-                    if drawn is None:
-                        return ""
-                    cases.append(drawn)
-                    if not _independent(run, index, some, rest, *drawn):
-                        continue
+            if not _independent(run, draw(), some, rest, run.call, run.results):
+                continue
+            cases = cases or [_drawn(run, seed) for seed in range(4)]
+            if all(case is not None and _independent(run, draw(), some, rest, *case) for case in cases):
                 return f"its places are not one axis: {len(some)} of {len(some) + len(rest)} can be re-indexed alone"
         except _FAILURES:
             continue
     return ""
 
 
-_DRAWN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
-                    torch.bool})
-
-
 def _halves(places: list[tuple[bool, Spot]]) -> Iterator[tuple[list[tuple[bool, Spot]], list[tuple[bool, Spot]]]]:
     """All ways to take places apart in two; of many places, only those that split off one."""
     count = len(places)
-    masks = range(1, 1 << (count - 1)) if count <= 5 else [1 << n for n in range(count)]
+    masks = range(1, 1 << (count - 1)) if count <= 8 else [1 << n for n in range(count)]
     for mask in masks:
         some = [place for n, place in enumerate(places) if mask >> n & 1]
-        yield some, [place for n, place in enumerate(places) if not mask >> n & 1]
+        rest = [place for n, place in enumerate(places) if not mask >> n & 1]
+        made, others = ({spot[0] for read, spot in half if not read} for half in (some, rest))
+        if not made or not others or made & others:  # results side by side, each of operands of its own, may be apart
+            yield some, rest
 
 
 def _independent(
@@ -221,20 +215,23 @@ def _independent(
     return True
 
 
-def _drawn(run: _Runs) -> tuple[Any, list[torch.Tensor]] | None:
+def _drawn(run: _Runs, seed: int) -> tuple[Any, list[torch.Tensor]] | None:
     """The call on random numbers, and its results; None where an operand does not matter at all."""
     def draw(number: int, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype == torch.bool:
             return torch.rand(tensor.shape, device=tensor.device) < 0.5
-        return torch.randn_like(tensor) if tensor.dtype in _DRAWN else tensor
+        if tensor.is_floating_point() or tensor.is_complex():
+            return torch.randn_like(tensor)
+        # whole numbers may say where to read: these are valid ones
+        return tensor.flatten()[torch.randperm(tensor.numel(), device=tensor.device)].view(tensor.shape)
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         call = mapped(run.call, lambda tensor: draw(0, tensor))
         results = run.again(lambda _, tensor: tensor, call)
         for number, operand in enumerate(run.operands):
             other = run.again(lambda n, t, number=number: draw(n, t) if n == number else t, call)
-            if operand.dtype in _DRAWN and operand.numel() and all(
+            if operand.numel() > 1 and all(
                 difference(a, b) <= run.tolerance for a, b in zip(other, results, strict=True)
             ):
                 return None
@@ -264,7 +261,9 @@ def _parts(circuit: Circuit, op: Op) -> Iterator[tuple[str, list[Spot], list[Spo
         pinned.update(name for name, *_ in inside(circuit.wires, (wire,)))
     within = {name for wire in joined for name, *_ in inside(circuit.wires, (wire,))}
     for wire, (ins, outs) in found.items():
-        if wire in within and wire not in pinned and ins and not circuit.wires[wire].parts:
+        if wire not in within or wire in pinned or circuit.wires[wire].parts or not ins or not outs:
+            continue
+        if op.kind != "cat" or len(ins) == len(outs):  # else some copy of it was cut into single entries
             yield wire, ins, outs
 
 
@@ -324,6 +323,17 @@ def cloned(value: Any) -> Any:
 def _tolerance(dtype: torch.dtype) -> float:
     """The error that rounding may make, with room: a module may compute in less than float64 inside."""
     return 1e-8 if not (dtype.is_floating_point or dtype.is_complex) else max(1e-8, 500 * torch.finfo(dtype).eps)
+
+
+def _indices(size: int, any_map: bool, generator: torch.Generator) -> list[torch.Tensor]:
+    """Re-indexings to try. Of few entries, one may do by chance; a swap and a cycle stand for all permutations."""
+    if size > 6:
+        return [draw_index(size, any_map, generator)]
+    order = torch.randperm(size, generator=generator)
+    swap, cycle = torch.arange(size), torch.empty(size, dtype=torch.long)
+    swap[order[:2]] = order[:2].flip(0)
+    cycle[order] = order.roll(1)
+    return [swap, cycle, draw_index(size, True, generator)] if any_map else [swap, cycle]
 
 
 def draw_index(size: int, any_map: bool, generator: torch.Generator) -> torch.Tensor:

@@ -34,9 +34,10 @@ class Atom:
         hints: what is known about its origin, for naming: (kind, detail...) tuples.
         cuts: (start, stop) -> atom of a slice that spans several parts.
         picked: single entries of it were taken, which no part tells of: its order matters.
+        smeared: it was united with a shifted copy of itself: it has no parts.
     """
 
-    __slots__ = ("cuts", "factors", "hints", "index", "parent", "parts", "picked", "size", "whole")
+    __slots__ = ("cuts", "factors", "hints", "index", "parent", "parts", "picked", "size", "smeared", "whole")
 
     def __init__(self, size: int, index: int, hint: tuple[Any, ...]) -> None:
         self.size = size
@@ -48,6 +49,7 @@ class Atom:
         self.hints: tuple[tuple[Any, ...], ...] = (hint,)
         self.cuts: dict[tuple[int, int], Atom] = {}
         self.picked = False
+        self.smeared = False
 
     def __repr__(self) -> str:
         return f"<{self.index}:{self.size}>"
@@ -185,12 +187,30 @@ class Wires:
     def _union(self, a: Atom, b: Atom) -> None:
         if b.index < a.index:
             a, b = b, a
+        shifted = self._shifted(a, b)
         self._set(b, "parent", a)
         self._set(a, "hints", a.hints + b.hints)
         if b.picked:
             self.pick([a])
         if a.whole is None and b.whole is not None:
             self._set(a, "whole", b.whole)
+        if shifted or b.smeared:
+            # entries i and i + 1 of one axis stand side by side: they are as one, and no part can be told from the next
+            self._set(a, "smeared", True)
+        mark = self.mark()
+        try:
+            self._merge_parts(a, b)
+        except ClashError:
+            # parts that do not fit together, or not to be told apart: none are claimed, and none may be permuted
+            self.rollback(mark)
+            self.pick([a])
+            for _, _, atoms in (*a.parts, *b.parts):
+                self.pick(atoms)
+            self._set(a, "parts", ())
+
+    def _merge_parts(self, a: Atom, b: Atom) -> None:
+        if a.smeared:
+            raise ClashError(f"parts of {a}, whose entries are as one with the next")
         if not b.parts:
             return
         if not a.parts:
@@ -203,6 +223,21 @@ class Wires:
             theirs = self._cut_parts(theirs, start)
         for (_, _, mine), (_, _, its) in zip(a.parts, theirs, strict=True):
             self.unify(mine, its)
+
+    @staticmethod
+    def _shifted(a: Atom, b: Atom) -> bool:
+        """Whether two atoms are overlapping parts of one whole, at different places."""
+        starts: dict[int, int] = {}
+        for number, atom in enumerate((a, b)):
+            at = 0
+            while atom.whole is not None:
+                at += atom.whole[1]
+                atom = root(atom.whole[0])
+                if number == 0:
+                    starts[id(atom)] = at
+                elif 0 < abs(starts.get(id(atom), at) - at) < a.size:
+                    return True
+        return False
 
     def split(self, atom: Atom, outer: int) -> tuple[Atom, Atom]:
         """Make an atom the product (outer)(inner), everywhere."""
@@ -255,6 +290,9 @@ class Wires:
             return atoms[1:]
         if (start, stop) == (0, lead.size):
             return atoms
+        if lead.smeared:
+            self.pick([lead])
+            raise ClashError(f"a part of {lead}, whose entries are as one with the next")
         self._cut(lead, start)
         self._cut(lead, stop)
         inside = [part for part in lead.parts if part[0] >= start and part[1] <= stop]
@@ -263,6 +301,7 @@ class Wires:
         made = lead.cuts.get((start, stop))
         if made is None:
             made = self.new(stop - start, "part", lead, start)[0]
+            made.whole = (lead, start)
             made.parts = tuple((s - start, e - start, atoms_) for s, e, atoms_ in inside)
             self._set(lead, "cuts", {**lead.cuts, (start, stop): made})
         return [made, *atoms[1:]]
@@ -287,6 +326,8 @@ class Wires:
     def _cut(self, atom: Atom, at: int) -> None:
         """Give a leaf a boundary between two parts."""
         if 0 < at < atom.size:
+            if atom.smeared:
+                raise ClashError(f"a part of {atom}, whose entries are as one with the next")
             parts = atom.parts or ((0, atom.size, None),)
             cut = self._cut_parts(parts, at, atom)  # type: ignore[arg-type]
             if cut != atom.parts:

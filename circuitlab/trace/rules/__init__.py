@@ -172,7 +172,7 @@ _NAMES: dict[Rule, str] = {
     algebra.matrices: algebra.MATRICES,
     algebra.cross: "cross linalg_cross",
     algebra.counts: "histc bincount histogram unique unique_consecutive unique_dim _unique _unique2 combinations pdist "
-    "cartesian_prod ctc_loss multilabel_margin_loss multi_margin_loss nonzero_static",
+    "cartesian_prod block_diag ctc_loss multilabel_margin_loss multi_margin_loss nonzero_static",
     algebra.buckets: "bucketize searchsorted",
     algebra.member: "isin",
     algebra.grouped_mm: "grouped_mm _grouped_mm",
