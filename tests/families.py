@@ -27,7 +27,7 @@ from pathlib import Path
 
 CACHE = Path(__file__).parent / ".families"
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
-LIMIT = 240
+LIMIT = 180
 """Seconds for one family."""
 MEMORY = 9 << 30
 PARAMETERS = 40_000_000
@@ -332,7 +332,6 @@ def build(family: str, classes: list[str]):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     errors: list[str] = []
-    deadline = time.monotonic() + LIMIT / 12
     for name in classes:
         try:
             cls = getattr(transformers, name)
@@ -340,7 +339,7 @@ def build(family: str, classes: list[str]):
         except (ImportError, AttributeError, KeyError, RuntimeError) as error:
             errors.append(f"{name}: {_line(error)}")
             continue
-        same, before = 0, set()
+        same, before, deadline = 0, set(), time.monotonic() + LIMIT / 12
         for divisor, image, heads in SIZES:
             now = {re.sub(r"\d+", "", error.partition(":")[2]) for error in errors} - before
             same, before = 0 if now else same + 1, before | now
@@ -419,7 +418,7 @@ def study(family: str, classes: list[str]) -> dict:
         row["draw"] = time.perf_counter() - start
         for depth, scene in scenes.items():
             circuit.text(depth=depth)
-            if len(scene.marks) < 1200:  # looking takes the square of that
+            if len(scene.marks) < 600:  # looking takes the square of that
                 found = look(scene)
                 if not found.ok:
                     row.setdefault("faults", []).append(f"depth {depth}: {str(found)[:400]}")
