@@ -124,10 +124,11 @@ def forget(tensors: Callable[[], list[torch.Tensor]]) -> None:
     Args:
         tensors: gives those that are alive.
     """
-    gc.collect(0)  # what is only held by cycles of this run
-    kept = tensors()
-    if kept:
-        _forget(kept, 3)
+    if tensors():
+        gc.collect(0)  # what is only held by cycles of this run
+        kept = tensors()
+        if kept:
+            _forget(kept, 3)
 
 
 def _forget(kept: list[Any], depth: int) -> None:
@@ -148,7 +149,10 @@ def _forget(kept: list[Any], depth: int) -> None:
 
 def _is_namespace(names: dict[Any, Any]) -> bool:
     """Whether a dict holds the attributes of an object, which are not ours to delete."""
-    return "__dict__" in names or "__name__" in names or any(
-        isinstance(holder, (type, ModuleType)) or getattr(holder, "__dict__", None) is names
-        for holder in gc.get_referrers(names)
-    )
+    def is_of(holder: Any) -> bool:
+        try:
+            return isinstance(holder, (type, ModuleType)) or object.__getattribute__(holder, "__dict__") is names
+        except (AttributeError, TypeError):
+            return False
+
+    return "__name__" in names or any(is_of(holder) for holder in gc.get_referrers(names))
