@@ -27,7 +27,7 @@ from pathlib import Path
 
 CACHE = Path(__file__).parent / ".families"
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
-LIMIT = 180
+LIMIT = 120
 """Seconds for one family."""
 MEMORY = 9 << 30
 PARAMETERS = 40_000_000
@@ -528,7 +528,7 @@ def main() -> None:
     import transformers
 
     import circuitlab.diagram.layout
-    import circuitlab.trace.record  # noqa: F401  before the processes are forked
+    import circuitlab.trace.verify  # noqa: F401  before the processes are forked
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
