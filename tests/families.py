@@ -480,7 +480,7 @@ def sweep(chosen: dict[str, list[str]], jobs: int) -> None:
                   f"{row.get('reason', '')[:120]} {row.get('opaque') or ''}", flush=True)
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], missing: list[str]) -> str:
     """The table for people."""
     states = Counter(row["state"] for row in rows)
     ran = [row for row in rows if "ops" in row]
@@ -495,7 +495,7 @@ def table(rows: list[dict]) -> str:
         "and with random weights, then traced, verified on numbers and drawn. `make zoo` does this anew; it is no part "
         "of `make test`.",
         "",
-        f"Of {len(rows)} families, " + ", ".join(f"{count} {state}" for state, count in states.most_common()) + ". "
+        f"Of {len(rows)} families studied, " + ", ".join(f"{count} {state}" for state, count in states.most_common()) + ". "
         f"{opaque} of {ops} operations are opaque ({opaque / max(ops, 1):.2%}). Seconds are for one forward, and for "
         "tracing, verifying and drawing folded, half open and open, on one core.",
         "",
@@ -512,6 +512,8 @@ def table(rows: list[dict]) -> str:
         if "ops" not in row:
             reason = str(row.get("reason", "")).replace("|", "\\|").replace("<", "&lt;")
             lines.append(f"| {row['family']} | {row['class']} | {row['state']} | {reason} |")
+    if missing:
+        lines += ["", f"## Not studied yet ({len(missing)})", "", ", ".join(missing)]
     return "\n".join(lines) + "\n"
 
 
@@ -547,7 +549,7 @@ def main() -> None:
         sweep(chosen, given.jobs)
     rows = [json.loads(path.read_text()) for family in every if (path := CACHE / f"{family}.json").exists()]
     if not given.only:
-        TABLE.write_text(table(rows))
+        TABLE.write_text(table(rows, [family for family in every if not (CACHE / f"{family}.json").exists()]))
     print(Counter(row["state"] for row in rows).most_common())
 
 
