@@ -1,5 +1,6 @@
 """Bad input gets a clear error and harms nothing; looking at a model never changes it."""
 
+import functools
 import gc
 import random
 import weakref
@@ -156,3 +157,42 @@ def test_unknown_operations_are_opaque_and_claim_nothing():
     (op,) = circuit.opaque
     assert not any(axis.passes for axis in op.axes)
     assert "hatch" in circuit.svg()
+
+
+_TABLES: dict[int, torch.Tensor] = {}
+
+
+@functools.cache
+def _angles(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    steps = torch.arange(size, device=device) / size
+    return steps.cos(), steps.sin()
+
+
+class Remembers(torch.nn.Module):
+    """Keeps what it computed outside of itself; with ``values`` it does not run on meta."""
+
+    def __init__(self, values: bool):
+        super().__init__()
+        self.values = values
+
+    def forward(self, x):
+        if x.shape[-1] not in _TABLES:
+            _TABLES[x.shape[-1]] = torch.ones(x.shape[-1], device=x.device)
+        cos, sin = _angles(x.shape[-1], x.device)
+        y = x * cos + x * sin + _TABLES[x.shape[-1]]
+        return y if not self.values or y.sum().item() > 0 else -y
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_what_is_cached_outside_of_the_module_is_not_of_the_run(values):
+    _TABLES.clear()
+    _angles.cache_clear()
+    model, x = Remembers(values), torch.randn(2, 4)
+    first = cl.trace(model, x)
+    assert first.device == ("live" if values else "meta") and not first.opaque
+    expected = model(x)
+    again = cl.trace(model, x, device="auto")
+    assert torch.equal(model(x), expected)
+    if not values:
+        assert not again.opaque and any(tensor.kind == "constant" for tensor in again.tensors)
+        assert again.verify(model, x).ok

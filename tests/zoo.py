@@ -694,3 +694,13 @@ def _(self, x):
 def _(self, x):
     rest = self.a(x[:, 3:]).repeat_interleave(2, 1)
     return torch.cat([x, rest.softmax(-1) + rest], 1), rest.sum(1)
+
+
+@style("grids_that_cross", x(2, 12), x(2, 12), a=linear(4, 4))
+def _(self, x, y):
+    return self.a(x.view(2, 3, 4)).flatten(1) * torch.relu(y.view(2, 4, 3)).flatten(1) + 1
+
+
+@style("padding_that_is_computed", x(2, 5, 4), a=linear(4, 4), n=lambda: nn.Buffer(torch.tensor(2)))
+def _(self, x):
+    return F.pad(self.a(x).mT, (self.n, self.n - 1)).mT

@@ -1,17 +1,21 @@
 """Harmlessness: a trace runs a copy that shares the parameters, and puts global random state back.
 
 The copy is a deep copy of everything but the parameters, so that whatever a forward writes (caches, counters, running
-statistics, lists) is written to the copy. In a meta copy every tensor is a meta tensor: no weights are allocated.
+statistics, lists) is written to the copy. In a meta copy every tensor is a meta tensor: no weights are allocated. What
+a forward keeps outside of its module (results of cached functions, tables in global dicts) is taken out again.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import random
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,9 +41,7 @@ class _CopyTensors(TorchFunctionMode):
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """A meta tensor of the same shape, strides, dtype and kind."""
-    if tensor.is_meta:
-        return tensor
+    """A new meta tensor of the same shape, strides, dtype and kind."""
     with torch.no_grad():
         twin = torch.empty_like(tensor, device="meta")
     if isinstance(tensor, torch.nn.Parameter):
@@ -111,3 +113,46 @@ def no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+_DICTS = (dict, OrderedDict, defaultdict)
+
+
+def forget(tensors: Callable[[], list[torch.Tensor]]) -> None:
+    """Take the meta tensors of a run that outlived it out of where they are kept: later runs would find them there.
+
+    Args:
+        tensors: gives those that are alive.
+    """
+    if tensors():
+        gc.collect(0)  # what is only held by cycles of this run
+        kept = tensors()
+        if kept:
+            _forget(kept, 3)
+
+
+def _forget(kept: list[Any], depth: int) -> None:
+    """Clear the caches of functions, and delete the entries of dicts, that hold one of these, or a tuple of them."""
+    mine = {id(item) for item in kept}
+    outer: list[Any] = []
+    for holder in gc.get_referrers(*kept):
+        if isinstance(holder, functools._lru_cache_wrapper):
+            holder.cache_clear()
+        elif type(holder) in _DICTS and not _is_namespace(holder):
+            for key in [key for key, item in holder.items() if id(item) in mine]:
+                del holder[key]
+        elif isinstance(holder, (tuple, list)) and holder is not kept:
+            outer.append(holder)
+    if outer and depth:
+        _forget(outer, depth - 1)
+
+
+def _is_namespace(names: dict[Any, Any]) -> bool:
+    """Whether a dict holds the attributes of an object, which are not ours to delete."""
+    def is_of(holder: Any) -> bool:
+        try:
+            return isinstance(holder, (type, ModuleType)) or object.__getattribute__(holder, "__dict__") is names
+        except (AttributeError, TypeError):
+            return False
+
+    return "__name__" in names or any(is_of(holder) for holder in gc.get_referrers(names))

@@ -246,6 +246,8 @@ def _learned_kind(fact: _Facts, learned: list[Event], is_output: bool) -> str:
         return "width"
     if has(("contract", "contracted")):
         return "head_size"
+    if fact.created and learned and has(("conv", "diagonal")):  # within a block, mixed along positions for each index
+        return "hidden"
     if (fact.repeated or fact.over > 1) and fact.factor and learned:
         return "group"
     if paired and fact.factor:

@@ -13,7 +13,7 @@ from circuitlab.errors import InputError, TraceError
 from circuitlab.trace import nest
 from circuitlab.trace.build import build
 from circuitlab.trace.events import tensors_in
-from circuitlab.trace.guard import copy_model, no_collection, random_state
+from circuitlab.trace.guard import copy_model, forget, no_collection, random_state
 from circuitlab.trace.watch import LARGE, Recorder
 
 
@@ -50,10 +50,13 @@ def trace(
     if device != "live":
         try:
             with random_state(), no_collection():
-                return build(record(model, args, kwargs, meta=True)[0].recording, model, names)
+                recorder = record(model, args, kwargs, meta=True)[0]
+                forget(recorder.kept)
+                return build(recorder.recording, model, names)
         except InputError:
             raise
         except RunError as failure:
+            forget(failure.recorder.kept)
             if device == "meta":
                 raise failure.to_user(model, "on the meta device; try device='live'", names) from failure.cause
             reason = f"{type(failure.cause).__name__}: {failure.cause}"

@@ -99,6 +99,8 @@ class Recorder(TorchFunctionMode):
         self.recording = Recording(block, device="meta" if meta else "live")
         self.entries: dict[int, _Entry] = {}
         self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.outside: set[int] = set()  # twins of tensors that were there before
+        self.foreign: set[int] = set()  # tensors from where we cannot see
         self.constants = constants
         self.state: dict[int, tuple[str, str]] = {}
         for kind, named in (("buffer", root.named_buffers()), ("parameter", root.named_parameters())):
@@ -137,6 +139,8 @@ class Recorder(TorchFunctionMode):
             name, kind = self.state.get(id(tensor), ("", ""))
             if not kind and id(tensor) in self.constants:
                 name, kind = self.constants[id(tensor)], "constant"
+            elif not kind and self.meta and id(tensor) in self.outside:
+                name, kind = "constant", "constant"  # it was there with numbers, and the inputs have none
             if kind:
                 self.add(tensor, self._name(name), kind)
             else:
@@ -155,6 +159,7 @@ class Recorder(TorchFunctionMode):
 
     def _untracked(self, tensor: torch.Tensor) -> None:
         """A tensor from where we cannot see (NumPy, a compiled kernel, a global): an opaque op without operands."""
+        self.foreign.add(id(tensor))
         block = self.nest.here(sys._getframe(1))
         value = self.add(tensor, "", "value")
         self._event(Event("untracked", rules.opaque, (), {}, [], [value], block, self.nest.source()))
@@ -431,6 +436,7 @@ class Recorder(TorchFunctionMode):
         if known is None:
             twin = to_meta(tensor)
             known = self.twins[id(tensor)] = (tensor, twin)
+            self.outside.add(id(twin))
             if tensor.numel() <= LARGE and tensor.device.type == "cpu":
                 self.real[id(twin)] = tensor
             if id(tensor) in self.entries:
@@ -441,6 +447,14 @@ class Recorder(TorchFunctionMode):
                 # a number in tensor's clothing has no axes to be wrong about
                 self.add(twin, self._name("number"), "constant")
         return known[1]
+
+    def kept(self) -> list[torch.Tensor]:
+        """The tensors made in this run that are still alive, though it is over."""
+        self.twins.clear()
+        self.real.clear()
+        self.nest.levels.clear()  # frames hold what they computed
+        found = [entry.ref() for key, entry in list(self.entries.items()) if key not in {*self.state, *self.foreign}]
+        return [tensor for tensor in found if tensor is not None]
 
     # modules ------------------------------------------------------------------------------------------
 

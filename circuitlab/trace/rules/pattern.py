@@ -101,9 +101,19 @@ def shape_args(args: Sequence[Any]) -> list[int]:
 
 
 def elementwise(
-    w: Wires, event: Event, operands: Sequence[Operand], shape: Sequence[int], kind: str = "elementwise", **attrs: Any
+    w: Wires,
+    event: Event,
+    operands: Sequence[Operand],
+    shape: Sequence[int],
+    kind: str = "elementwise",
+    apart: bool = False,
+    **attrs: Any,
 ) -> Pattern:
-    """Operands broadcast against each other: dimensions of equal position are one index."""
+    """Operands broadcast against each other: dimensions of equal position are one index.
+
+    With ``apart``, two dimensions that cannot be one product of wires (2 x 3 and 3 x 2) are paired in their order, and
+    the first goes on; else that is a clash.
+    """
     pattern = Pattern(kind, **attrs)
     ndim = len(shape)
     columns: list[list[Letter]] = [[] for _ in range(ndim)]
@@ -117,15 +127,30 @@ def elementwise(
             dim = operand.dims[position]
             if letter is None:
                 letter = Letter("broadcast", dim)
-            else:
-                w.unify(letter.atoms, dim)
-                letter.role = "diagonal"
+            elif not _united(w, letter, dim, apart):
+                slots[operand.slot][position] = [Letter("ordered", dim)]
+                continue
             slots[operand.slot][position] = [letter]
         if letter is not None:
             columns[axis] = [letter]
     pattern.ins.update(slots)
     pattern.out(columns)
     return pattern
+
+
+def _united(w: Wires, letter: Letter, dim: Dim, apart: bool) -> bool:
+    """Make a dimension the same index as a letter; where it cannot be, the order of both matters."""
+    mark = w.mark()
+    try:
+        w.unify(letter.atoms, dim)
+    except ClashError:
+        if not apart:
+            raise
+        w.rollback(mark)
+        letter.role = "ordered"
+        return False
+    letter.role = "ordered" if letter.role == "ordered" else "diagonal"
+    return True
 
 
 def regrouped(w: Wires, operand: Operand, shape: Sequence[int], **attrs: Any) -> Pattern:

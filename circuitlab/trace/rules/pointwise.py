@@ -59,7 +59,7 @@ def _scalars(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def pointwise(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     """Entry by entry."""
-    pattern = elementwise(w, event, event.operands, event.outs[0].shape, **_scalars(args, kwargs))
+    pattern = elementwise(w, event, event.operands, event.outs[0].shape, apart=True, **_scalars(args, kwargs))
     for name in ("negative_slope", "approximate", "alpha", "min", "max"):
         if isinstance(kwargs.get(name), (int, float, str)):
             pattern.attrs[name] = kwargs[name]

@@ -323,6 +323,10 @@ def pad(
     out = list(slots)
     for number in range(len(pad) // 2):
         axis = input.ndim - 1 - number
+        if not all(isinstance(count, int) for count in pad[2 * number : 2 * number + 2]):
+            set_role(slots[axis], "ordered")  # by counts that are computed
+            out[axis] = pattern.new(w, event.outs[0].shape[axis], "ordered", "pad", event.name)
+            continue
         before, after = int(pad[2 * number]), int(pad[2 * number + 1])
         if not before and not after:
             continue
