@@ -375,6 +375,10 @@ class Circuit:
         """Test every claim on numbers. See `circuitlab.trace.verify.verify`."""
         return _late("trace.verify").verify(self, model, *args, **kwargs)
 
+    def diff(self, other: Circuit) -> Any:
+        """What changed from this circuit to another. See `circuitlab.diff.diff`."""
+        return _late("diff").diff(self, other)
+
     def cost(self) -> Any:
         """Operations and memory of every block and op, as a DataFrame. See `circuitlab.cost.cost`."""
         return _late("cost").cost(self)

@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from circuitlab.circuit import Circuit
 from circuitlab.diagram import text as text_diagram
+from circuitlab.diagram.compare import compare
 from circuitlab.diagram.layout import draw
 from circuitlab.diagram.scene import Scene
 from circuitlab.diagram.svg import render
 from circuitlab.diagram.theme import tokens
+from circuitlab.diff import Diff
 from circuitlab.errors import InputError
 
 MIME = "application/vnd.circuitlab.v1+json"
@@ -60,6 +62,23 @@ def svg(
         outputs=outputs,
     )
     return render(scene, theme)
+
+
+def diff_svg(diff: Diff, *, theme: Literal["light", "dark", "print"] = "light", **options: Any) -> str:
+    """Two drawings, what changed tinted: green what was added, red what was removed, amber what is otherwise.
+
+    Args:
+        diff: of two circuits.
+        theme: "light", "dark" or "print".
+        **options: ``depth``, ``batch``, ``width`` and ``outputs`` as of `svg`. Blocks with changes inside are unfolded.
+    """
+    kinds: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for change in diff.changes:
+        if change.what in ("op", "block", "wire"):
+            for names, name in zip(kinds, (change.before, change.after), strict=True):
+                if name:
+                    names[name] = change.kind
+    return render(compare(diff.before, diff.after, kinds, **options), theme)
 
 
 def text(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:

@@ -145,8 +145,8 @@ class _Page:
         for row in rows:
             marks, plates = len(self.pen.marks), len(self.pen.plates)
             self._draw_row(row)
-            self.pen.marks[marks:] = [_moved(mark, row.dy) for mark in self.pen.marks[marks:]]
-            self.pen.plates[plates:] = [_moved(mark, row.dy) for mark in self.pen.plates[plates:]]
+            self.pen.marks[marks:] = [moved(mark, row.dy) for mark in self.pen.marks[marks:]]
+            self.pen.plates[plates:] = [moved(mark, row.dy) for mark in self.pen.plates[plates:]]
         ends = [self.right[row.last] + (self.gaps[row.last] + 8.0 if row is not rows[-1] else 10.0) for row in rows]
         counts = [m.x + 22.0 for m in self.pen.marks if m.role in ("count", "title")]
         self.width = max([*ends, *counts, 40.0]) + _MARGIN
@@ -405,7 +405,7 @@ def _shortened(title: str, room: float) -> str:
     return title + "…"
 
 
-def _moved(mark: Mark, dy: float) -> Mark:
+def moved(mark: Mark, dy: float) -> Mark:
     """The mark, lower by dy."""
     if mark.shape != "path":
         return replace(mark, x=round(mark.x, 2), y=round(mark.y + dy, 2), w=round(mark.w, 2), h=round(mark.h, 2))
