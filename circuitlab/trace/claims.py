@@ -257,6 +257,8 @@ def _parts(circuit: Circuit, op: Op) -> Iterator[tuple[str, list[Spot], list[Spo
                     found.setdefault(wire, ([], []))[side].append((number, dim, factor, part))
     joined = {axis.wire for axis in op.axes if axis.role == "joined"}
     pinned = {axis.wire for axis in op.axes if axis.role not in _ALIKE}
+    # an axis that numbers whole arrays (stack, unbind)
+    pinned |= {axis.wire for axis in op.axes if axis.role == "joined" and not (axis.ins and axis.outs) and not circuit.wires[axis.wire].parts}
     for wire in list(pinned):
         pinned.update(name for name, *_ in inside(circuit.wires, (wire,)))
     within = {name for wire in joined for name, *_ in inside(circuit.wires, (wire,))}
