@@ -729,7 +729,7 @@ def _(self, x):
 @style("write_into_a_part", x(3, 8), a=linear(8, 8))
 def _(self, x):
     y = self.a(x)
-    first, second = y.chunk(2, -1)
+    first, second = y[:, :4], y[:, 4:]
     first.copy_(second.tanh())
     return y
 
@@ -1068,7 +1068,7 @@ def _(self, a, b, c):
     return F.triplet_margin_loss(a, b, c), F.cosine_embedding_loss(a, b, torch.tensor([1, -1, 1]))
 
 
-@style("soft_labels_and_weights", x(3, 5), ids(3, high=5), weight=lambda: nn.Parameter(torch.rand(5)))
+@style("soft_labels_and_weights", x(3, 5), ids(3, high=5), weight=lambda: nn.Buffer(torch.rand(5)))
 def _(self, x, y):
     return F.cross_entropy(x, x.softmax(-1)) + F.cross_entropy(x, y, weight=self.weight, reduction="none")
 
