@@ -20,7 +20,9 @@ DIFFERENT = {
     "torch_lstm_cell",  # a Python loop over positions: as many as were traced
     "torch_unfold_fold",  # fold is told the image's size as a number
     "torch_multihead_attention",  # one tensor given three times
-    "buffer_update",  # the second run of the model starts from another buffer
+    "buffer_update", "counter_buffer",  # the second run of the model starts from another buffer
+    "comprehension_and_zip",  # as many layers as entries: unpacked into so many names
+    "sizes_used_as_numbers",  # the number of entries is added as a number
     "vmap",  # opaque
     "dropout_train", "chance",  # random
 }

@@ -704,3 +704,401 @@ def _(self, x, y):
 @style("padding_that_is_computed", x(2, 5, 4), a=linear(4, 4), n=lambda: nn.Buffer(torch.tensor(2)))
 def _(self, x):
     return F.pad(self.a(x).mT, (self.n, self.n - 1)).mT
+
+
+# aliasing and writes ----------------------------------------------------------------------------------------
+
+
+@style("write_after_read", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    y = self.a(x)
+    before = y * 2  # reads y as it was
+    y.add_(1)
+    return before + y
+
+
+@style("two_views_of_one_base", x(4, 6))
+def _(self, x):
+    y = x.clone()
+    left, top = y[:, :3], y[:2]
+    left.mul_(2)
+    top.add_(left[:2].sum())  # sees what was written through the other view
+    return y, left
+
+
+@style("write_into_a_part", x(3, 8), a=linear(8, 8))
+def _(self, x):
+    y = self.a(x)
+    first, second = y[:, :4], y[:, 4:]
+    first.copy_(second.tanh())
+    return y
+
+
+@style("accumulate_in_slices", x(2, 6, 4))
+def _(self, x):
+    total = torch.zeros(2, 6)
+    for n in range(4):
+        total[:, n:] += x[:, n:, n]
+    return total
+
+
+@style("filled_list_by_index", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    rows = [None] * 3
+    for n in reversed(range(3)):
+        rows[n] = self.a(x[n])
+    return torch.stack(rows)
+
+
+@style("transposed_and_written_diagonal", x(4, 4))
+def _(self, x):
+    y = x.T.clone()
+    y.diagonal().fill_(0)
+    return y @ x
+
+
+@style("index_put_accumulates", x(5, 3), ids(4, high=5), x(4, 3))
+def _(self, x, i, v):
+    return x.index_put((i,), v, accumulate=True)
+
+
+@style("masked_scatter_and_select", x(3, 4), x(12))
+def _(self, x, source):
+    mask = x > -9
+    return x.masked_scatter(mask, source), x.masked_select(mask)
+
+
+@style("in_place_activation_of_a_view", x(2, 3, 4))
+def _(self, x):
+    y = x * 1
+    F.relu(y[:, 0], inplace=True)
+    return y.flatten(1)
+
+
+@style("swapped_data", x(3, 4))
+def _(self, x):
+    y, z = x + 1, x * 2
+    y, z = z, y
+    y -= z
+    return y
+
+
+# control flow -----------------------------------------------------------------------------------------------
+
+
+@style("while_until_small", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    steps = 0
+    while steps < 5 and float(x.abs().max()) > 0.5:
+        x = 0.1 * self.a(x)
+        steps += 1
+    return x
+
+
+@style("generator_of_layers", x(3, 4), a=linear(4, 4), b=linear(4, 4))
+def _(self, x):
+    def layers():
+        yield self.a
+        yield self.b
+
+    for layer in layers():
+        x = layer(x).relu()
+    return x
+
+
+@style("comprehension_and_zip", x(2, 3, 4), a=linear(4, 4), b=linear(4, 4), c=linear(4, 4))
+def _(self, x):
+    return torch.stack([layer(row) for layer, row in zip((self.a, self.b, self.c), x.unbind(1))], 1)
+
+
+@style("exception_midway", x(3, 4), a=linear(4, 5), b=linear(4, 4))
+def _(self, x):
+    try:
+        return self.a(x) + x  # 5 against 4
+    except RuntimeError:
+        return self.b(x) + x
+
+
+@style("context_managers", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    with torch.no_grad():
+        scale = self.a(x).detach().abs().mean()
+    with torch.enable_grad():
+        return self.a(x) / scale
+
+
+@style("lambda_and_partial", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    import functools
+
+    twice = functools.partial(lambda f, n, v: f(v) * n, self.a, 2)
+    return twice(x)
+
+
+@style("checkpointed", x(3, 4), a=linear(4, 8), b=linear(8, 4))
+def _(self, x):
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(lambda y: self.b(self.a(y).relu()), x, use_reentrant=False)
+
+
+@style("mutual_recursion", x(2, 8))
+def _(self, x):
+    def halve(y):
+        return y if y.shape[1] == 1 else join(*y.chunk(2, 1))
+
+    def join(a, b):
+        return halve(a) + halve(b)
+
+    return halve(x)
+
+
+@entry
+def early_exit():
+    class Exits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            for number, layer in enumerate(self.layers):
+                x = layer(x)
+                if number == 1:
+                    return x, number
+            return x, -1
+
+    return Exits(), (torch.randn(2, 4),), {}
+
+
+# modules and what they hold ---------------------------------------------------------------------------------
+
+
+@entry
+def hooks_of_the_user():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[2].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return model, (torch.randn(3, 4),), {}
+
+
+@entry
+def parameter_tied_to_another_module():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = nn.Linear(6, 3), nn.Linear(3, 6)
+            self.decode.weight = nn.Parameter(self.encode.weight.detach().T.clone())
+            self.again = nn.Linear(6, 3)
+            self.again.weight = self.encode.weight
+
+        def forward(self, x):
+            return self.again(self.decode(self.encode(x)))
+
+    return Tied(), (torch.randn(2, 6),), {}
+
+
+@entry
+def one_module_under_two_names():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x).tanh())
+
+    return Twice(), (torch.randn(2, 4),), {}
+
+
+@entry
+def parameter_list_and_dict():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(4, 4) for _ in range(2))
+            self.named = nn.ParameterDict({"scale": torch.randn(4)})
+
+        def forward(self, x):
+            for weight in self.weights:
+                x = x @ weight
+            return x * self.named["scale"]
+
+    return Held(), (torch.randn(2, 4),), {}
+
+
+@entry
+def running_statistics_in_training():
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()).train(), (torch.randn(5, 4),), {}
+
+
+@entry
+def counter_buffer():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            self.steps += 1
+            return self.a(x) / self.steps
+
+    return Counts(), (torch.randn(3, 4),), {}
+
+
+@entry
+def ring_buffer_written_by_index():
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("memory", torch.zeros(5, 4))
+            self.at = 3
+
+        def forward(self, x):
+            self.memory[self.at] = x.mean(0)
+            return x @ self.memory.T
+
+    return Memory(), (torch.randn(3, 4),), {}
+
+
+@entry
+def reparametrised_orthogonal():
+    return nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley"), (torch.randn(2, 4),), {}
+
+
+@entry
+def functional_call_with_other_weights():
+    class Meta(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.shift = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            weights = {"weight": self.inner.weight + self.shift, "bias": self.inner.bias}
+            return torch.func.functional_call(self.inner, weights, (x,))
+
+    return Meta(), (torch.randn(2, 4),), {}
+
+
+@entry
+def module_made_in_forward():
+    class Makes(nn.Module):
+        def forward(self, x):
+            return nn.Softmax(dim=-1)(nn.Flatten()(x))
+
+    return Makes(), (torch.randn(2, 3, 4),), {}
+
+
+# inputs, outputs, types -------------------------------------------------------------------------------------
+
+
+@style("none_and_nested_outputs", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    return {"loss": None, "out": (self.a(x), [x, {"deep": x.sum()}])}
+
+
+@style("input_given_back", x(3, 4), x(2, 5))
+def _(self, x, unused):
+    return x, x.abs()
+
+
+@style("mixed_dtypes", x(3, 4), ids(3, 4, high=5))
+def _(self, x, i):
+    half = x.half().float() + i
+    return half * (i > 2) + (i // 2).double() - x.to(torch.int64).clamp(-1, 1)
+
+
+@style("whole_numbers_and_bits", ids(3, 4, high=16))
+def _(self, i):
+    bits = (i[..., None] >> torch.arange(4)) & 1
+    return bits.bool().any(-1) ^ (i % 2 == 0), bits.sum(-1)
+
+
+@style("scalars_and_size_one", x(1, 4), x(1))
+def _(self, x, s):
+    return (x * s + x.mean()).squeeze(0), s.squeeze()
+
+
+@style("nothing_selected", x(3, 4))
+def _(self, x):
+    return torch.cat([x[:0], x, x.new_zeros(0, 4)])
+
+
+@style("sizes_used_as_numbers", x(3, 4))
+def _(self, x):
+    b, d = x.shape
+    return x.reshape(b * d).view(b, d) / math.sqrt(x.size(-1)) + x.numel()
+
+
+@style("strided_and_reversed", x(2, 8))
+def _(self, x):
+    return x[:, ::2] + x[:, 1::2], x.flip(-1)[:, ::3]
+
+
+# more of what modules compute -------------------------------------------------------------------------------
+
+
+@style("differences", x(3, 6), a=linear(6, 6))
+def _(self, x):
+    y = self.a(x)
+    return y[:, 1:] - y[:, :-1], torch.diff(y, dim=0)
+
+
+@style("shifted_onto_itself", x(2, 6, 4), a=linear(4, 4))
+def _(self, x):
+    y = self.a(x)
+    return y + F.pad(y, (0, 0, 1, 0))[:, :-1] + F.pad(y, (0, 0, 0, 1))[:, 1:]
+
+
+@style("channel_shuffled", x(2, 6, 4, 4), a=lambda: nn.Conv2d(6, 6, 1, groups=3))
+def _(self, x):
+    return F.channel_shuffle(self.a(x), 3)
+
+
+@style("routed_to_the_best", x(6, 4), gate=linear(4, 3), w=lambda: nn.Parameter(torch.randn(3, 4, 4)))
+def _(self, x):
+    weight, expert = self.gate(x).softmax(-1).topk(2, -1)
+    return (torch.einsum("td,tkdf->tkf", x, self.w[expert]) * weight[..., None]).sum(1)
+
+
+@style("triplet_and_cosine", x(3, 5), x(3, 5), x(3, 5))
+def _(self, a, b, c):
+    return F.triplet_margin_loss(a, b, c), F.cosine_embedding_loss(a, b, torch.tensor([1, -1, 1]))
+
+
+@style("soft_labels_and_weights", x(3, 5), ids(3, high=5), weight=lambda: nn.Buffer(torch.rand(5)))
+def _(self, x, y):
+    return F.cross_entropy(x, x.softmax(-1)) + F.cross_entropy(x, y, weight=self.weight, reduction="none")
+
+
+@style("covariance_and_trace", x(4, 6))
+def _(self, x):
+    return torch.cov(x), torch.trace(x @ x.T), torch.einsum("ii->i", x @ x.T)
+
+
+@style("kronecker_adapter", x(3, 4), a=lambda: nn.Parameter(torch.randn(2, 2)), b=lambda: nn.Parameter(torch.randn(2, 2)))
+def _(self, x):
+    return x @ torch.kron(self.a, self.b)
+
+
+@style("solved", x(2, 4, 4), x(2, 4, 3))
+def _(self, a, b):
+    return torch.linalg.solve(a @ a.mT + torch.eye(4), b)
+
+
+@style("bucketed_positions", x(3, 4), e=lambda: nn.Embedding(6, 4))
+def _(self, x):
+    return self.e(torch.bucketize(x, torch.linspace(-1, 1, 5)))
+
+
+@style("unpooled", x(2, 3, 8))
+def _(self, x):
+    pooled, where = F.max_pool1d(x, 2, return_indices=True)
+    return F.max_unpool1d(pooled, where, 2)
+
+
+@style("same_size_windows_and_strides", x(2, 3, 5), a=lambda: nn.Conv1d(3, 3, 5, stride=2, padding=4))
+def _(self, x):
+    return self.a(x)  # as many positions as before, and not the same ones
