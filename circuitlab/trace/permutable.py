@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from circuitlab.circuit import Op, Tensor, Wire
+from circuitlab.circuit import PASSING_ROLES, Axis, Circuit, Op, Tensor, Wire
 
 Part = tuple[int, int] | None
 WherePlaces = dict[str, tuple[tuple[str, int, int, Part], ...]]
@@ -44,15 +46,23 @@ def inside(wires: Mapping[str, Wire], names: tuple[str, ...]) -> Iterator[tuple[
 
 
 def _in_parts(wires: Mapping[str, Wire], names: tuple[str, ...], offset: int) -> Iterator[tuple[str, int, Part]]:
-    inner = 1
-    for name in names[1:]:
-        inner *= wires[name].size
+    for part, product, fresh in part_products(wires, names, offset):
+        for factor, name in enumerate(product[:fresh]):
+            yield name, factor, part
+
+
+def part_products(
+    wires: Mapping[str, Wire], names: tuple[str, ...], offset: int = 0
+) -> Iterator[tuple[tuple[int, int], tuple[str, ...], int]]:
+    """The parts of a dimension's leading wire, and theirs: (start, stop), the wires there, how many are the part's own."""
+    if not names:
+        return
+    inner = math.prod(wires[name].size for name in names[1:])
     for start, stop, parts in wires[names[0]].parts:
         part = (offset + start * inner, offset + stop * inner)
-        for factor, name in enumerate(parts):
-            yield name, factor, part
+        yield part, (*parts, *names[1:]), len(parts)
         if parts:
-            yield from _in_parts(wires, (*parts, *names[1:]), part[0])
+            yield from part_products(wires, (*parts, *names[1:]), part[0])
 
 
 def permutability(
@@ -129,3 +139,94 @@ def _holders(tensors: tuple[Tensor, ...], wires: dict[str, Wire]) -> dict[str, s
             for name in _deep(tensor, wires):
                 found.setdefault(name, set()).add(tensor.name)
     return found
+
+
+# wires within wires ------------------------------------------------------------------------------------------
+
+
+def nesting(circuit: Circuit) -> dict[str, tuple[str, ...]]:
+    """Permutable wire -> the wires that it stands within everywhere, outermost first.
+
+    For each index of those, the wire may be permuted in a way of its own: the entries of one head need not be permuted
+    as those of another. So it is if every array that has the wire has the outer one too, and every op that treats the
+    two does so for each index of the outer one alone, or for all pairs alike.
+    """
+    wires = circuit.wires
+    around: dict[str, set[str]] = {}
+    for tensor in circuit.tensors:
+        for name, others in _around(tensor, wires).items():
+            around[name] = around[name] & others if name in around else others
+    mates = {wire.name: dict(_mates(wires, wire.name)) for wire in wires.values() if wire.parts}
+    seen: dict[str, list[tuple[Axis, set[str], tuple[Axis, ...]]]] = {}
+    for op in circuit.ops:
+        for axis in op.axes:
+            for name, beside in ((axis.wire, set[str]()), *mates.get(axis.wire, {}).items()):
+                seen.setdefault(name, []).append((axis, beside, op.axes))
+    found = {
+        name: tuple(
+            other for other in around.get(name, ())
+            if all(
+                other in beside or any(_alone(axis, its) for its in axes if its.wire == other)
+                for axis, beside, axes in seen.get(name, ())
+            )
+        )
+        for name, wire in wires.items()
+        if wire.permutable
+    }
+    return _acyclic(found, list(wires))
+
+
+def _mates(wires: Mapping[str, Wire], whole: str) -> Iterator[tuple[str, set[str]]]:
+    """The wires within a sum, each with those that it is multiplied with there."""
+    for _, _, names in wires[whole].parts:
+        for name in names:
+            yield name, set(names) - {name}
+            yield from _mates(wires, name)
+
+
+def _around(tensor: Tensor, wires: Mapping[str, Wire]) -> dict[str, set[str]]:
+    """For each wire of a tensor, those that stand once beside it: in its product, or in another dimension."""
+    direct = Counter(name for dim in tensor.dims for name in dim)
+    products = [(None, dim, names) for dim, names in enumerate(tensor.dims)]
+    for dim, names in enumerate(tensor.dims):
+        products += [(part, dim, product) for part, product, _ in part_products(wires, names)]
+    found: dict[str, set[str]] = {}
+    for part, dim, names in products:
+        beside = Counter(names) + Counter(name for n, other in enumerate(tensor.dims) if n != dim for name in other)
+        once = {name for name, count in beside.items() if count == 1}
+        # a wire behind a sum stands in the product of each of its parts too, where it was met already
+        for name in names if part is None else [n for n in names if not direct[n]]:
+            mine = once - {name} if beside[name] == 1 else set[str]()
+            found[name] = found[name] & mine if name in found else mine
+    return found
+
+
+def _alone(axis: Axis, outer: Axis) -> bool:
+    """Whether an op that has both axes leaves what permutes the first differently for each index of the other."""
+    places, others = [*axis.ins, *axis.outs], [*outer.ins, *outer.outs]
+    for mine, its in ((axis.ins, outer.ins), (axis.outs, outer.outs)):
+        numbers, beside = [number for number, _, _ in mine], [number for number, _, _ in its]
+        if len(set(numbers)) != len(numbers) or not set(numbers) <= {n for n in beside if beside.count(n) == 1}:
+            return False
+    if outer.role in PASSING_ROLES:
+        return True
+    if axis.role != outer.role:
+        return False
+    return axis.role in ("contracted", "created") or [p[:2] for p in places] == [p[:2] for p in others]
+
+
+def _acyclic(found: Mapping[str, tuple[str, ...]], order: list[str]) -> dict[str, tuple[str, ...]]:
+    """Without circles: of two wires that stand within each other, the first is the outer; what is around is so all the way."""
+    kept: dict[str, tuple[str, ...]] = {}
+    for name in sorted(found, key=lambda name: (len(found[name]), order.index(name))):
+        mine = {other for other in found[name] if name not in kept.get(other, ()) and (other in kept or other not in found)}
+        while True:
+            closed = {other for other in mine if set(kept.get(other, ())) <= mine}
+            if closed == mine:
+                break
+            mine = closed
+        if mine:
+            kept[name] = tuple(sorted(mine, key=lambda other: (len(kept.get(other, ())), order.index(other))))
+        else:
+            kept[name] = ()
+    return {name: kept[name] for name in found if kept[name]}
