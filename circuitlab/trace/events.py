@@ -19,9 +19,10 @@ class Value:
         dims: filled in by `infer`: one list of atoms per dimension.
         static: does not depend on the inputs. learned: depends on a parameter.
         event: the event that made it, None for the first four kinds.
+        read: an event or the caller gets it. Known once the run is over.
     """
 
-    __slots__ = ("dims", "dtype", "event", "kind", "learned", "name", "shape", "static")
+    __slots__ = ("dims", "dtype", "event", "kind", "learned", "name", "read", "shape", "static")
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> None:
         self.name = name
@@ -32,6 +33,7 @@ class Value:
         self.static = kind in ("parameter", "buffer", "constant")
         self.learned = kind == "parameter"
         self.event: Event | None = None
+        self.read = False
 
 
 class Operand:

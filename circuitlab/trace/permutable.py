@@ -11,14 +11,22 @@ from circuitlab.circuit import PASSING_ROLES, Axis, Circuit, Op, Tensor, Wire
 Part = tuple[int, int] | None
 WherePlaces = dict[str, tuple[tuple[str, int, int, Part], ...]]
 
-_SUM = "it is a sum of parts; those may be permutable one by one"
-_PINNING = {
-    "ordered": "depends on positions",
-    "indexed": "picks entries by number",
-    "windowed": "slides a window over it",
-    "gathered": "looks entries up by number",
-    "opaque": "has no rule, so nothing is known of what it does",
+_ROLES = {
+    "ordered": "{fn} treats its entries by their position",
+    "indexed": "{fn} picks entries of it by their number",
+    "windowed": "{fn} slides a window over it, so it matters which entries are neighbours",
+    "gathered": "{fn} looks its entries up by their number",
+    "opaque": "circuitlab has no rule for {fn}, so it does not know what that does to it",
 }
+_KINDS = {  # what the role means in ops of a kind
+    ("create", "ordered"): "{fn} numbers its entries",
+    ("scan", "ordered"): "{fn} goes through it in order",
+    ("sort", "ordered"): "{fn} sorts it, and the numbers of its entries tell which is which",
+    ("norm", "ordered"): "{fn} normalises it in groups of neighbours",
+    ("scatter", "gathered"): "{fn} sends its entries to places given by number",
+}
+_WINDOW = "it is the window that {fn} slides, in which entries have their places"
+_SUM = "it is made of parts"
 
 
 def places_of(tensors: tuple[Tensor, ...], wires: dict[str, Wire]) -> WherePlaces:
@@ -78,7 +86,7 @@ def permutability(
 
     ``returns`` holds the outputs, each with where it stands in what forward returned.
     """
-    why = dict.fromkeys(picked, "single entries of it are taken by their number")
+    why = dict.fromkeys(picked, "single entries of it are picked by their number")
     by_name = {tensor.name: tensor for tensor in tensors}
     ends = [(name, f"input {name!r}") for name in inputs]
     ends += [(name, f"output {path or name!r}") for name, path in returns.items()]
@@ -87,25 +95,27 @@ def permutability(
             why.setdefault(wire, f"it is an axis of the {end}")
     for op in ops:
         for axis in op.axes:
+            reason = _reason(op, axis)
             if op.kind == "cat" and axis.role == "joined" and not axis.ins and not wires[axis.wire].parts:
-                why.setdefault(axis.wire, f"{op.fn} in {op.name!r} numbers different arrays with it")
-            if axis.role in _PINNING:
+                reason = "{fn} puts different arrays side by side with it"
+            if reason:
                 where = f" ({op.source})" if op.source else ""
-                why.setdefault(axis.wire, f"{op.fn} in {op.name!r} {_PINNING[axis.role]}{where}")
+                why.setdefault(axis.wire, reason.format(fn=f"{op.fn} in {op.name!r}") + where)
     statistics = {n for op in ops if op.kind == "norm" for n in op.inputs}
     for tensor in tensors:
         if tensor.kind == "constant" or (tensor.kind == "buffer" and tensor.name not in statistics):
             for wire in _deep(tensor, wires):
-                why.setdefault(wire, f"the {tensor.kind} {tensor.name!r} has it, which is no parameter")
+                why.setdefault(wire, f"the {tensor.kind} {tensor.name!r} has it: fixed numbers, which stay where they are")
     holders = _holders(tensors, wires)
     for wire in wires.values():
         if wire.parts:
             why.setdefault(wire.name, _SUM)
         elif wire.name not in holders:
-            why.setdefault(wire.name, "no parameter has it")
+            why.setdefault(wire.name, "no parameter has it, so there is nothing to permute")
         elif holders[wire.name] != {place[0] for place in places.get(wire.name, ())}:
             # every parameter that has the wire must have it at a place that `places` can name
-            why.setdefault(wire.name, "it lies inside a part that cannot be told apart in a parameter")
+            why.setdefault(wire.name, "in a parameter it takes up a part of each block of another wire (of each head, say), "
+                            "and such places cannot be named yet")
     # a sum that is pinned pins its parts, and theirs
     pending = [name for name, reason in why.items() if wires[name].parts and reason != _SUM]
     while pending:
@@ -116,7 +126,31 @@ def permutability(
                     why[name] = f"it is a part of {whole!r}: {why[whole]}"
                     if wires[name].parts:
                         pending.append(name)
-    return {name: why.get(name, "") for name in wires}
+    sums = [name for name, reason in why.items() if reason == _SUM]
+    told = {name: _told(name, wires, why) for name in sums}
+    return {name: told.get(name, why.get(name, "")) for name in wires}
+
+
+def _told(name: str, wires: Mapping[str, Wire], why: Mapping[str, str]) -> str:
+    """Why a sum is not permutable: of its parts, which are, or why none is."""
+    pending, inner = [name], list[str]()
+    while pending:
+        for _, _, names in wires[pending.pop()].parts:
+            inner += [n for n in names if not wires[n].parts]
+            pending += [n for n in names if wires[n].parts]
+    free = [part for part in dict.fromkeys(inner) if not why.get(part)]
+    if free:
+        return f"{_SUM}, which a permutation must not mix; of those, it can permute {', '.join(map(repr, free))}"
+    return f"{_SUM}, none of which can be permuted" + (f": {why[inner[0]]}" if inner else "")
+
+
+def _reason(op: Op, axis: Axis) -> str:
+    """Why an op pins an axis, for people; "" if it does not."""
+    if axis.role == "windowed" and not axis.outs and not any(number == 0 for number, _, _ in axis.ins):
+        return _WINDOW
+    if axis.role == "ordered" and not op.outputs:
+        return "{fn} gives its entries to Python one by one"
+    return _KINDS.get((op.kind, axis.role)) or _ROLES.get(axis.role, "")
 
 
 def _deep(tensor: Tensor, wires: dict[str, Wire]) -> set[str]:
