@@ -388,8 +388,12 @@ class Circuit:
         return _late("trace.compile").to_torch(self, model)
 
     def permute(self, model: Any, permutations: Mapping[str, Any]) -> Any:
-        """A copy of the model with wires permuted everywhere they sit. See `circuitlab.trace.verify.permute`."""
-        return _late("trace.verify").permute(self, model, permutations)
+        """A copy of the model with wires permuted everywhere they sit. See `circuitlab.trace.permute.permute`."""
+        return _late("trace.permute").permute(self, model, permutations)
+
+    def symmetry(self) -> Any:
+        """The permutations of the parameters that leave the function as it is. See `circuitlab.analysis.symmetry`."""
+        return _late("analysis.symmetry").Symmetry(self)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return _late("display").mimebundle(self)

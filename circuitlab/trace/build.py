@@ -63,6 +63,8 @@ def build(
     for value in recording.values:
         if value.kind != "value":
             value.dims = [w.new(size, value.kind, value.name, dim) for dim, size in enumerate(value.shape)]
+    for value in (*recording.outputs, *(operand.value for event in recording.events for operand in event.operands)):
+        value.read = True
     given = naming.given_names(recording, model, names)
     patterns: dict[int, Pattern] = {}
     for event in recording.events:
@@ -72,7 +74,7 @@ def build(
     events = recording.events if keep_all else _needed(recording)
     values = _used(recording, events)
     made = [(event, patterns[id(event)], _axes(event, patterns[id(event)])) for event in events]
-    _drop_unused_indices(made, events, recording)
+    _drop_unused_indices(made)
     atoms = _atoms(values, made)
     named = naming.name_wires(recording, atoms, made, given)
     dims_of = {id(v): tuple([tuple([named[id(a)].name for a in leaves(dim)]) for dim in v.dims]) for v in values}
@@ -150,12 +152,10 @@ def _axes(event: Event, pattern: Pattern) -> Axes:
     return axes
 
 
-def _drop_unused_indices(made: list[tuple[Event, Pattern, Axes]], events: list[Event], recording: Recording) -> None:
+def _drop_unused_indices(made: list[tuple[Event, Pattern, Axes]]) -> None:
     """``x.max(dim)`` gives indices too; where nobody reads them it is a plain, symmetric reduction."""
-    read = {id(operand.value) for event in events for operand in event.operands}
-    read |= {id(value) for value in recording.outputs}
     for event, pattern, axes in made:
-        if pattern.attrs.pop("indices", False) and not any(id(out) in read for out in event.outs[1:]):
+        if pattern.attrs.pop("indices", False) and not any(out.read for out in event.outs[1:]):
             for axis in axes.found:
                 if axis.role == "ordered":
                     axis.role = "reduced"

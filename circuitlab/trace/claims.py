@@ -17,7 +17,7 @@ import torch
 
 from circuitlab.circuit import PASSING_ROLES, Axis, Circuit, Op
 from circuitlab.trace.events import tensors_in
-from circuitlab.trace.permutable import Part, inside
+from circuitlab.trace.permutable import Part, inside, part_products
 
 _SYMMETRIC = PASSING_ROLES | {"contracted", "reduced", "normalised", "created"}
 _ALIKE = _SYMMETRIC | {"joined"}
@@ -92,6 +92,8 @@ def test_op(
                 run.read = 1
             _test_axis(run, axis, ins, outs, found, generator)
             run.read = None
+    # what nobody reads was not claimed: the last states of a recurrent net
+    run.read = 1 + max((n for n, name in enumerate(op.outputs) if name in circuit.consumers or name in circuit.outputs), default=-1)
     for wire, ins, outs in _parts(circuit, op):
         _test_axis(run, Axis(wire, "joined"), ins, outs, found, generator)
 
@@ -271,18 +273,9 @@ def _parts(circuit: Circuit, op: Op) -> Iterator[tuple[str, list[Spot], list[Spo
 def product_of(circuit: Circuit, tensor: str, dim: int, part: Part) -> tuple[str, ...]:
     """The wires that a dimension, or a part of it, is the product of."""
     names = circuit.tensor(tensor).dims[dim]
-    return names if part is None else next(found for at, found in _part_products(circuit, names, 0) if at == part)
-
-
-def _part_products(
-    circuit: Circuit, names: tuple[str, ...], offset: int
-) -> Iterator[tuple[tuple[int, int], tuple[str, ...]]]:
-    inner = math.prod(circuit.wires[name].size for name in names[1:])
-    for start, stop, parts in circuit.wires[names[0]].parts:
-        product = (*parts, *names[1:])
-        yield (offset + start * inner, offset + stop * inner), product
-        if parts:
-            yield from _part_products(circuit, product, offset + start * inner)
+    if part is None:
+        return names
+    return next(product for at, product, _ in part_products(circuit.wires, names) if at == part)
 
 
 # numbers -------------------------------------------------------------------------------------------------

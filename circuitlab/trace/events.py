@@ -20,9 +20,10 @@ class Value:
         static: does not depend on the inputs. learned: depends on a parameter.
         event: the event that made it, None for the first four kinds.
         gone: number of events when the array was let go; -1 if it was not, or nobody knows.
+        read: an event or the caller gets it. Known once the run is over.
     """
 
-    __slots__ = ("dims", "dtype", "event", "gone", "kind", "learned", "name", "shape", "static")
+    __slots__ = ("dims", "dtype", "event", "gone", "kind", "learned", "name", "read", "shape", "static")
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> None:
         self.name = name
@@ -34,6 +35,7 @@ class Value:
         self.learned = kind == "parameter"
         self.event: Event | None = None
         self.gone = -1
+        self.read = False
 
 
 class Operand:

@@ -55,7 +55,7 @@ def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_model(
-    model: torch.nn.Module, values: Any, *, meta: bool
+    model: torch.nn.Module, values: Any, *, meta: bool = False, convert: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> tuple[torch.nn.Module, Any, dict[int, torch.Tensor]]:
     """Deep copies of a model and of values for its forward.
 
@@ -63,25 +63,40 @@ def copy_model(
         model: is not changed.
         values: any structure of inputs.
         meta: all tensors of the copies are meta tensors; otherwise parameters are shared and other tensors cloned.
+        convert: gives the copy of each tensor, parameters included, which are then not shared.
 
     Returns:
         the model's copy, the values' copy, and id of a copied tensor of the model -> its original.
     """
     memo: dict[int, Any] = {}
     originals: dict[int, torch.Tensor] = {}
+    copy_of = convert or (to_meta if meta else _own_copy)
 
     def twin(tensor: torch.Tensor) -> torch.Tensor:
-        made = to_meta(tensor) if meta else _own_copy(tensor)
+        made = copy_of(tensor)
         originals[id(made)] = tensor
         return made
 
     for parameter in model.parameters():
-        memo[id(parameter)] = to_meta(parameter) if meta else parameter
+        memo[id(parameter)] = copy_of(parameter) if meta or convert else parameter
     with _CopyTensors(twin):
         copied = copy.deepcopy(model, memo)
         buffers = dict(originals)
         inputs = copy.deepcopy(values, memo)
     return copied, inputs, buffers
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor that shares nothing with it; a parameter stays one."""
+    made = _own_copy(tensor)
+    return torch.nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else made
+
+
+def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor in double precision that shares nothing with it."""
+    double = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
+    made = tensor.detach().to(double, copy=True)
+    return torch.nn.Parameter(made, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else made
 
 
 @contextmanager

@@ -175,7 +175,8 @@ def record(
     *,
     meta: bool,
     recorder_class: type[Recorder] | None = None,
-    prepare: Callable[[torch.nn.Module, Any], Any] | None = None,
+    convert: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    prepare: Callable[[torch.nn.Module], None] | None = None,
 ) -> tuple[Recorder, Any]:
     """Run a copy of the module, recording.
 
@@ -183,15 +184,16 @@ def record(
         model, args, kwargs: as `trace` got them.
         meta: on meta tensors.
         recorder_class: watches the run.
-        prepare: changes the copied module and inputs before the run; gives the inputs back.
+        convert: makes the copies of the module's and the inputs' tensors.
+        prepare: changes the copied module before the run.
 
     Returns:
         the recorder, and the module's output.
     """
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    copied, (args, kwargs), originals = copy_model(model, (args, kwargs), meta=meta)
+    copied, (args, kwargs), originals = copy_model(model, (args, kwargs), meta=meta, convert=convert)
     if prepare is not None:
-        args, kwargs = prepare(copied, (args, kwargs))
+        prepare(copied)
     constants = {
         id(tensor): f"{path}.{key}" if path else key
         for path, module in copied.named_modules()

@@ -3,14 +3,12 @@
 Two kinds of claim are tested. **Local**, for each axis of each op: for a broadcast or diagonal axis, running the op on
 any re-indexed operands (entries dropped and doubled) gives the re-indexed result; for a contracted, reduced or
 normalised axis the same holds for permutations; see `circuitlab.trace.claims`. **Global**, for each permutable wire:
-permuting every parameter dimension it sits in leaves the module's outputs as they are; and the circuit compiled back to
-code gives the module's outputs. Numbers are float64 where the module allows it.
+permuting every parameter dimension it sits in leaves the module's outputs as they are, also where each index of a wire
+around it has a permutation of its own; and the circuit compiled back to code gives the module's outputs. Numbers are float64 where the module allows it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +21,13 @@ from circuitlab.trace.claims import (
     Results,
     cloned,
     difference,
-    draw_index,
-    mapped,
-    product_of,
-    reindexed,
     test_op,
 )
 from circuitlab.trace.compile import to_torch
 from circuitlab.trace.events import Event, tensors_in
-from circuitlab.trace.guard import copy_model, random_state
+from circuitlab.trace.guard import copy_model, doubled, own, random_state
+from circuitlab.trace.permutable import nesting
+from circuitlab.trace.permute import draw, move
 from circuitlab.trace.record import RunError, record
 from circuitlab.trace.rules import pointwise
 from circuitlab.trace.watch import Recorder
@@ -144,7 +140,7 @@ def _watched(
         try:
             with random_state():
                 _, output = record(model, args, kwargs, meta=False, recorder_class=tester,
-                                   prepare=_to_double if double else None)
+                                   convert=doubled if double else own)
         except RunError as error:
             # a module may ask for its dtype, and take another way in float64
             if isinstance(error.cause, VerificationError) and not double:
@@ -154,30 +150,6 @@ def _watched(
         return results, _outputs(output), double
     assert failure is not None
     raise VerificationError(f"the module does not run on these inputs: {failure.cause}") from failure.cause
-
-
-def _to_double(model: torch.nn.Module, values: Any) -> Any:
-    """The copy in float64. Parameters are shared with the user's module, so they are replaced, not converted."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.is_floating_point():
-                twin = _doubles.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().double(), False))
-                module._parameters[name] = twin
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.double()
-    _doubles.clear()
-    twins: dict[int, torch.Tensor] = {}  # one tensor given twice stays one: modules ask whether keys are queries
-
-    def double(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_complex():
-            return twins.setdefault(id(tensor), tensor.to(torch.complex128))
-        return twins.setdefault(id(tensor), tensor.double()) if tensor.is_floating_point() else tensor
-
-    return mapped(values, double)
-
-
-_doubles: dict[int, torch.nn.Parameter] = {}
 
 
 # global claims -------------------------------------------------------------------------------------------
@@ -215,18 +187,18 @@ def _permutations(
     if not wires:
         return
     if any(op.kind == "random" for op in circuit.ops):
-        _, calm = record(model, args, kwargs, meta=False, recorder_class=_Calm, prepare=_to_double if double else None)
+        _, calm = record(model, args, kwargs, meta=False, recorder_class=_Calm, convert=doubled if double else own)
         output = _outputs(calm)
     generator = torch.Generator().manual_seed(1)
-    index = {wire.name: draw_index(wire.size, False, generator) for wire in wires}
+    within = nesting(circuit)
+    index = {wire.name: draw(circuit, within, wire.name, generator) for wire in wires}
 
     def error_of(names: list[str]) -> float:
-        def prepare(copied: torch.nn.Module, values: Any) -> Any:
-            values = _to_double(copied, values) if double else values
-            _apply(circuit, copied, {name: index[name] for name in names}, fresh=not double)
-            return values
+        def prepare(copied: torch.nn.Module) -> None:
+            move(circuit, copied, within, {name: index[name] for name in names})
 
-        _, got = record(model, args, kwargs, meta=False, recorder_class=_Calm, prepare=prepare)
+        _, got = record(model, args, kwargs, meta=False, recorder_class=_Calm, convert=doubled if double else own,
+                        prepare=prepare)
         return _largest(_outputs(got), output)
 
     def settle(names: list[str]) -> None:
@@ -264,9 +236,7 @@ def _compiled(
     if any(op.kind == "random" for op in circuit.ops):
         results.untestable.append(Claim(**claim, why="it is random"))
         return
-    copied, values, _ = copy_model(model, (args, kwargs), meta=False)
-    if double:
-        values = _to_double(copied, values)
+    copied, values, _ = copy_model(model, (args, kwargs), convert=doubled if double else own)
     try:
         with torch.no_grad():
             compiled = to_torch(circuit, copied)
@@ -294,55 +264,3 @@ def _largest(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     if got.keys() != expected.keys():
         return float("inf")
     return max((difference(tensor, expected[path], 1e-6) for path, tensor in got.items()), default=0.0)
-
-
-def permute(circuit: Circuit, model: torch.nn.Module, permutations: Mapping[str, Any]) -> torch.nn.Module:
-    """A copy of a module with wires permuted everywhere they sit: the same function, other numbers.
-
-    Args:
-        circuit: traced from this module.
-        model: is not changed.
-        permutations: wire name -> permutation of its entries (``LongTensor`` of the wire's size): entry i of the
-            copy's wire is entry ``permutation[i]`` of the module's.
-
-    Returns:
-        the copy.
-
-    Raises:
-        InputError: an unknown or frozen wire, or not a permutation of its size.
-    """
-    checked: dict[str, torch.Tensor] = {}
-    for name, given in permutations.items():
-        wire = circuit.wires.get(name)
-        if wire is None:
-            raise InputError(f"this circuit has no wire {name!r}; the permutable ones are "
-                             f"{[w.name for w in circuit.wires.values() if w.permutable]}")
-        if not wire.permutable:
-            raise InputError(f"the wire {name!r} is not permutable: {wire.why}")
-        index = torch.as_tensor(given, dtype=torch.long)
-        if index.shape != (wire.size,) or not torch.equal(torch.sort(index)[0].cpu(), torch.arange(wire.size)):
-            raise InputError(f"the wire {name!r} has {wire.size} entries; a permutation of 0..{wire.size - 1} is needed")
-        checked[name] = index
-    copied = copy.deepcopy(model)
-    _apply(circuit, copied, checked, fresh=False)
-    return copied
-
-
-def _apply(circuit: Circuit, model: torch.nn.Module, permutations: Mapping[str, torch.Tensor], *, fresh: bool) -> None:
-    """Permute parameters and buffers in place; with ``fresh``, parameters are replaced and the old ones left alone."""
-    if fresh:
-        for module in model.modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    twin = _doubles.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().clone(), False))
-                    module._parameters[key] = twin
-        _doubles.clear()
-    state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    with torch.no_grad():
-        for name, index in permutations.items():
-            for tensor, dim, factor, part in circuit.wires[name].places:
-                if tensor not in state:
-                    raise VerificationError(f"the module has no parameter {tensor!r}: it is not the one that was traced")
-                target = state[tensor]
-                product = [circuit.wires[n].size for n in product_of(circuit, tensor, dim, part)]
-                target.copy_(reindexed(target.clone(), dim, product, factor, part, index))

@@ -398,12 +398,16 @@ def index_add(w: Wires, event: Event, input: Operand, dim: int, index: Operand, 
     return pattern
 
 
+_ALIKE = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
+"""Functions that make arrays whose entries are all alike."""
+
+
 def created(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     """New arrays: every dimension is a new wire. All entries alike (zeros, rand), or positions matter (arange)."""
     if not event.operands and any(type(a).__module__ == "numpy" and hasattr(a, "shape") for a in args):
         raise NoRuleError  # from where we cannot see
     random = event.fn.startswith(("rand", "normal"))
-    uniform = (random and event.fn != "randperm") or event.fn in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+    uniform = (random and event.fn != "randperm") or event.fn in _ALIKE
     pattern = Pattern("random" if random else "create")
     role = "created" if uniform else "ordered"
     for operand in event.operands:
@@ -416,7 +420,11 @@ def created(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
 
 
 def recurrent(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
-    """Fused lstm, gru, rnn of unpacked sequences: gates share the hidden wire; time is ordered."""
+    """Fused lstm, gru, rnn of unpacked sequences: gates share the hidden wire; time is ordered.
+
+    The states of all layers and directions stand in one array, entry by entry, which makes their hidden wires one. If
+    they start from zeros and nobody reads how they end, that array says nothing, and each has a hidden wire of its own.
+    """
     states = args[0] if isinstance(args[0], (tuple, list)) else (args[0],)
     weights = args[1]
     if not isinstance(weights, (tuple, list)) or not isinstance(args[2], bool):
@@ -434,19 +442,21 @@ def recurrent(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any)
     per_cell = len(weights) // (layers * directions)
     if per_cell != (4 if biases else 2) or hidden == 1:
         raise NoRuleError  # projections
-    # states of all layers and directions stand in one tensor, entry by entry: one hidden wire
-    state = states[0].dims[-1]
+    apart = not any(out.read for out in event.outs[1:]) and all(
+        state.value.event is not None and state.value.event.fn in _ALIKE for state in states
+    )
     below: list[Letter] = slots[-1]
     for layer in range(layers):
-        for direction in range(directions):
-            start = (layer * directions + direction) * per_cell
-            _cell(w, pattern, weights[start : start + per_cell], below, state, hidden)
-        both = w.sum([state] * directions, [hidden] * directions, "cat", event.name)
-        below = [Letter("joined", both)]
+        cells = [weights[n * per_cell : (n + 1) * per_cell] for n in range(layer * directions, (layer + 1) * directions)]
+        own_states = [cell_[1].dims[-1] if apart else states[0].dims[-1] for cell_ in cells]
+        for cell_, state in zip(cells, own_states, strict=True):
+            _cell(w, pattern, cell_, below, state, hidden)
+        below = [Letter("joined", w.sum(own_states, [hidden] * directions, "cat", event.name))]
     for tensor in states:
         own = pattern.take(tensor, "ordered")
-        w.unify(tensor.dims[-1], state)
-        set_role(own[-1], "joined")
+        if not apart:
+            w.unify(tensor.dims[-1], states[0].dims[-1])
+            set_role(own[-1], "joined")
         if batch is not None and own[-2]:
             w.unify(tensor.dims[-2], input.dims[batch])
             own[-2] = slots[batch]
@@ -454,7 +464,8 @@ def recurrent(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any)
     pattern.out([*slots[:-1], below])
     for tensor in event.outs[1:]:
         lead = pattern.new(w, tensor.shape[0], "ordered", "layers", event.name)
-        pattern.out([lead, *([slots[batch]] if batch is not None else []), [Letter("joined", state)]])
+        last = pattern.new(w, hidden, "ordered", "states", event.name) if apart else [Letter("joined", states[0].dims[-1])]
+        pattern.out([lead, *([slots[batch]] if batch is not None else []), last])
     return pattern
 
 

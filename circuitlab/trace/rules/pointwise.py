@@ -16,7 +16,7 @@ from circuitlab.trace.rules.pattern import (
     elementwise,
     set_role,
 )
-from circuitlab.trace.wires import Wires
+from circuitlab.trace.wires import ClashError, Wires
 
 POINTWISE = frozenset(
     """
@@ -268,12 +268,23 @@ def group_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Pattern:
-    """Normalise groups of channels with all positions; the channel axis is pinned unless it is one group or C groups."""
+    """Normalise groups of channels with all positions: channels are (groups)(channels of a group).
+
+    Where the channel axis cannot be such a product, it is pinned.
+    """
     pattern = Pattern("norm", groups=num_groups)
     slots = pattern.take(input)
     channels = input.shape[1]
-    role = "normalised" if num_groups == 1 else "diagonal" if num_groups == channels else "ordered"
-    set_role(slots[1], role)
+    if num_groups in (1, channels):
+        set_role(slots[1], "normalised" if num_groups == 1 else "diagonal")
+    else:
+        mark = w.mark()
+        try:
+            groups, within = w.regroup([input.dims[1]], [num_groups, channels // num_groups])
+            slots[1] = [*(Letter("diagonal", [atom]) for atom in groups), *(Letter("normalised", [atom]) for atom in within)]
+        except ClashError:
+            w.rollback(mark)
+            set_role(slots[1], "ordered")
     for parameter in (weight, bias):
         if isinstance(parameter, Operand):
             w.unify(input.dims[1], parameter.dims[0])
