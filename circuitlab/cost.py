@@ -150,7 +150,7 @@ def _op(circuit: Circuit, op: Op, live: Mapping[str, int]) -> _Row:
         for weight in read:
             if weight.kind == "parameter" and len(weight.shape) == 2:
                 row.flops += _product(circuit, [*steps, *(name for dim in weight.dims for name in dim)], 2)
-    elif op.kind in ("linear", "contract", "conv") and any(axis.role in ("contracted", "windowed") for axis in op.axes):
+    elif op.kind in ("linear", "contract", "conv") and _is_product(op):
         row.flops = _product(circuit, _multiplied(op), 2)
     elif op.kind not in ("reindex", "opaque") and op.fn != "write" and op.fn not in _ALIASES:
         for tensor in own:
@@ -161,6 +161,12 @@ def _op(circuit: Circuit, op: Op, live: Mapping[str, int]) -> _Row:
     return row
 
 
+def _is_product(op: Op) -> bool:
+    """Whether products are summed: of two arrays, or of one with itself (a covariance)."""
+    summed = any(axis.role in ("contracted", "windowed") for axis in op.axes)
+    return summed and (len(op.inputs) > 1 or any(len(axis.outs) > 1 for axis in op.axes))
+
+
 def _multiplied(op: Op) -> list[str]:
     """The wires over which products are formed.
 
@@ -168,7 +174,7 @@ def _multiplied(op: Op) -> list[str]:
     whole kernel.
     """
     if op.kind != "conv":
-        return [axis.wire for axis in op.axes]
+        return [axis.wire for axis in op.axes for _ in range(max(1, len(axis.outs)))]
     transposed = "transpose" in op.fn
 
     def counts(axis: Any) -> bool:
