@@ -168,7 +168,7 @@ def _multiplied(op: Op) -> list[str]:
     whole kernel.
     """
     if op.kind != "conv":
-        return [axis.wire for axis in op.axes]
+        return [axis.wire for axis in op.axes for _ in range(max(len(axis.outs), 1))]  # each row against each: twice
     transposed = "transpose" in op.fn
 
     def counts(axis: Any) -> bool:
