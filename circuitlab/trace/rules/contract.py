@@ -141,10 +141,13 @@ def chain(w: Wires, event: Event, *matrices: Any, **kwargs: Any) -> Pattern:
 
 def trace(w: Wires, event: Event, input: Operand) -> Pattern:
     """``i i ->``; a matrix that is not square is summed by position."""
-    if input.shape[0] == input.shape[1]:
-        return product(w, event, [(input, "ii")], "")
     pattern = Pattern("reduce")
-    pattern.take(input, "ordered")
+    slots = pattern.take(input, "ordered")
+    if input.shape[0] == input.shape[1]:
+        w.unify(input.dims[0], input.dims[1])
+        slots[1] = slots[0]
+        for letter in slots[0]:
+            letter.role = "reduced"
     pattern.out([])
     return pattern
 
