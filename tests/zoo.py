@@ -1102,3 +1102,9 @@ def _(self, x):
 @style("same_size_windows_and_strides", x(2, 3, 5), a=lambda: nn.Conv1d(3, 3, 5, stride=2, padding=4))
 def _(self, x):
     return self.a(x)  # as many positions as before, and not the same ones
+
+
+@style("neighbours_side_by_side", x(2, 7, 4), a=linear(12, 4))
+def _(self, x):
+    after, before = F.pad(x[:, 1:], (0, 0, 0, 1)), F.pad(x[:, :-1], (0, 0, 1, 0))
+    return self.a(torch.cat([after, x, before], 2)) + before * x

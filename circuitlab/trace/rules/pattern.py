@@ -127,7 +127,7 @@ def elementwise(
             dim = operand.dims[position]
             if letter is None:
                 letter = Letter("broadcast", dim)
-            elif not _united(w, letter, dim, apart):
+            elif not united(w, letter, dim, apart):
                 slots[operand.slot][position] = [Letter("ordered", dim)]
                 continue
             slots[operand.slot][position] = [letter]
@@ -138,7 +138,7 @@ def elementwise(
     return pattern
 
 
-def _united(w: Wires, letter: Letter, dim: Dim, apart: bool) -> bool:
+def united(w: Wires, letter: Letter, dim: Dim, apart: bool) -> bool:
     """Make a dimension the same index as a letter; where it cannot be, the order of both matters."""
     mark = w.mark()
     try:

@@ -18,6 +18,7 @@ from circuitlab.trace.rules.pattern import (
     regrouped,
     set_role,
     shape_args,
+    united,
 )
 from circuitlab.trace.wires import ClashError, Dim, Wires
 
@@ -253,15 +254,20 @@ def _paired(w: Wires, pattern: Pattern, operands: list[Operand], skip: int) -> S
     """Letters of operands that agree in every dimension but one."""
     first = operands[0]
     columns: Slots = []
+    for operand in operands:
+        pattern.ins[operand.slot] = [[] for _ in range(operand.ndim)]
     for axis in range(first.ndim):
         if axis == skip or not first.dims[axis]:
             columns.append([])
             continue
+        letter = Letter("broadcast", first.dims[axis])
         for operand in operands[1:]:
-            w.unify(first.dims[axis], operand.dims[axis])
-        columns.append([Letter("diagonal" if len(operands) > 1 else "broadcast", first.dims[axis])])
+            if not united(w, letter, operand.dims[axis], apart=True):
+                pattern.ins[operand.slot][axis] = [Letter("ordered", operand.dims[axis])]
+        columns.append([letter])
     for operand in operands:
-        pattern.ins[operand.slot] = list(columns)
+        own = pattern.ins[operand.slot]
+        pattern.ins[operand.slot] = [dim or list(column) for dim, column in zip(own, columns, strict=True)]
     return columns
 
 
