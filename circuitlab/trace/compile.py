@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Compiled(_Holder):
         names: dict[str, Any] = {}
         file = f"<circuit of {circuit.title} {id(self)}>"
         linecache.cache[file] = (len(self.code), None, self.code.splitlines(keepends=True), file)
+        weakref.finalize(self, linecache.cache.pop, file, None)
         exec(compile(self.code, file, "exec"), names)  # noqa: S102
         self._run = (names["forward"],)
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import random
+import re
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from circuitlab.errors import InputError
 
 
 class _CopyTensors(TorchFunctionMode):
@@ -68,7 +72,7 @@ def copy_model(
     Returns:
         the model's copy, the values' copy, and id of a copied tensor of the model -> its original.
     """
-    memo: dict[int, Any] = {}
+    known: dict[int, Any] = {}
     originals: dict[int, torch.Tensor] = {}
     copy_of = convert or (to_meta if meta else _own_copy)
 
@@ -77,13 +81,64 @@ def copy_model(
         originals[id(made)] = tensor
         return made
 
-    for parameter in model.parameters():
-        memo[id(parameter)] = copy_of(parameter) if meta or convert else parameter
-    with _CopyTensors(twin):
+    def attempt() -> tuple[torch.nn.Module, Any, dict[int, torch.Tensor]]:
+        memo = dict(known)
+        originals.clear()
         copied = copy.deepcopy(model, memo)
-        buffers = dict(originals)
-        inputs = copy.deepcopy(values, memo)
-    return copied, inputs, buffers
+        return copied, copy.deepcopy(values, memo), dict(originals)
+
+    for parameter in model.parameters():
+        known[id(parameter)] = copy_of(parameter) if meta or convert else parameter
+    with _CopyTensors(twin):
+        try:
+            return attempt()
+        except Exception:
+            known.update(_stand_ins((model, values), known, (type(model).__name__, "inputs")))
+            return attempt()
+
+
+def _stand_ins(given: tuple[Any, ...], known: dict[int, Any], names: tuple[str, ...]) -> dict[int, Any]:
+    """What stands in the copy for what cannot be copied: locks, files and objects of other languages are shared.
+
+    Raises:
+        InputError: a module or tensor, or a generator or another iterator, which a run would use up.
+    """
+    found: dict[int, Any] = {}
+    for value, name in zip(given, names, strict=True):
+        for where, part in _uncopyable(value, known, name, set()):
+            if isinstance(part, (torch.nn.Module, torch.Tensor)):
+                raise InputError(
+                    f"{where} ({type(part).__name__}) cannot be copied by copy.deepcopy, and a run of it could change it"
+                )
+            if isinstance(part, Iterator) and not isinstance(part, io.IOBase):
+                where = re.sub(r"^inputs\[[01]\]", "inputs", where)  # args and kwargs
+                raise InputError(
+                    f"{where} is a {type(part).__name__}, which cannot be copied, and running the module would use it up; "
+                    "put a list in its place"
+                ) from None
+            found[id(part)] = part.clone_state() if isinstance(part, torch.Generator) else part
+    return found
+
+
+def _uncopyable(value: Any, memo: dict[int, Any], path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """The innermost parts of a value that ``copy.deepcopy`` fails on, with where they stand."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        parts: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            parts = [(f"{path}[{key!r}]", item) for key, item in cast("dict[Any, Any]", value).items()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            parts = [(f"{path}[{number}]", item) for number, item in enumerate(cast("list[Any]", value))]
+        elif isinstance(value, torch.nn.Module):
+            parts = [(f"{path}.{key}", item) for held in (vars(value), value._modules) for key, item in held.items()]
+        elif not isinstance(value, type):
+            parts = [(f"{path}.{key}", item) for key, item in getattr(value, "__dict__", {}).items()]
+        found = [inner for where, part in parts for inner in _uncopyable(part, memo, where, seen)]
+        yield from found or [(path, value)]
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:

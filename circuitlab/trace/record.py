@@ -49,7 +49,7 @@ def trace(
     reason = ""
     if device != "live":
         try:
-            with random_state(), no_collection():
+            with no_collection():
                 recorder = record(model, args, kwargs, meta=True)[0]
                 forget(recorder.kept)
                 return build(recorder.recording, model, names)
@@ -74,8 +74,7 @@ def trace(
             f"({reason}); give the module its weights with model.to_empty(device='cpu') or load them, then trace again"
         )
     try:
-        with random_state():
-            recorder, _ = record(model, args, kwargs, meta=False)
+        recorder, _ = record(model, args, kwargs, meta=False)
         with no_collection():
             circuit = build(recorder.recording, model, names)
         return _probed(circuit, model, args, kwargs, names) if circuit.opaque else circuit
@@ -87,12 +86,11 @@ def _probed(circuit: Circuit, model: torch.nn.Module, args: Any, kwargs: Any, na
     """The circuit with what a second run finds out about its ops without a rule."""
     from circuitlab.trace.probe import Prober
 
-    with random_state():
-        prober = type("Prober", (Prober,), {
-            "wanted": frozenset(op.name for op in circuit.opaque),
-            "functions": frozenset(op.fn for op in circuit.opaque),
-        })
-        recorder, _ = record(model, args, kwargs, meta=False, recorder_class=prober)
+    prober = type("Prober", (Prober,), {
+        "wanted": frozenset(op.name for op in circuit.opaque),
+        "functions": frozenset(op.fn for op in circuit.opaque),
+    })
+    recorder, _ = record(model, args, kwargs, meta=False, recorder_class=prober)
     if not any(event.probed for event in recorder.recording.events):
         return circuit
     with no_collection():
@@ -178,7 +176,7 @@ def record(
     convert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     prepare: Callable[[torch.nn.Module], None] | None = None,
 ) -> tuple[Recorder, Any]:
-    """Run a copy of the module, recording.
+    """Run a copy of the module, recording. The random state is put back, so that each run draws the same numbers.
 
     Args:
         model, args, kwargs: as `trace` got them.
@@ -210,7 +208,7 @@ def record(
         torch.nn.modules.module.register_module_forward_hook(recorder.module_ends, always_call=True),
     )
     try:
-        with torch.no_grad(), recorder:
+        with random_state(), torch.no_grad(), recorder:
             output = copied(*args, **kwargs)
     except Exception as error:
         failure = recorder.failure
