@@ -1108,3 +1108,14 @@ def _(self, x):
 def _(self, x):
     after, before = F.pad(x[:, 1:], (0, 0, 0, 1)), F.pad(x[:, :-1], (0, 0, 1, 0))
     return self.a(torch.cat([after, x, before], 2)) + before * x
+
+
+@style("given_back", x(3, 4))
+def _(self, x):
+    return x
+
+
+@style("reductions_of_long_names", x(3, 4))
+def _(self, x):
+    loss = F.binary_cross_entropy_with_logits(x, x.sigmoid())
+    return loss.sqrt(), torch.special.log_ndtr(x.sum()), torch.linalg.matrix_norm(x) * F.softplus(x.mean())

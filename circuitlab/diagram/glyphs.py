@@ -388,11 +388,17 @@ def _flag(pen: Pen, spot: Spot) -> None:
 
 
 def _reduce(pen: Pen, spot: Spot) -> None:
-    x = spot.middle
-    half = width(spot.node.label, 15, "label") / 2 + 2
+    """A sign at the end of each wire that goes; of a long name, at the end of the first."""
+    x, label = spot.middle, spot.node.label
+    short = len(label) <= 6
+    half = (width(label, 15, "label") if short else width(label, 12, "title")) / 2 + 2
     _leads(pen, spot, x - half, x + half)
-    for y in spot.heights(spot.node.ins):
-        pen.text(x, y + 5, spot.node.label, size=15, font="label")
+    for number_, (band, n) in enumerate((band, n) for band in spot.node.ins for n in spot.node.acted(band)):
+        y = spot.track(band, n)
+        if short or not number_:
+            pen.text(x, y + (5 if short else 4), label, size=15 if short else 12, font="label" if short else "title")
+        else:
+            pen.wire(band.tracks[n], [(x - half, y), (x + half, y)])
         pen.path(f"M{number(x + half)} {number(y - 4)}L{number(x + half + 8)} {number(y)}L{number(x + half)} {number(y + 4)}Z",
                  "glyph", fill="ink", width=0.4)
 

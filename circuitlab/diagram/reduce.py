@@ -62,9 +62,9 @@ class Reducer:
     def drawing(self) -> Drawing:
         """The drawing of the circuit's root."""
         root = self.circuit.root
-        units = [_Unit(list(self._ops(root)), root, (), folded=True)] if self.depth == 0 else self._units(root, 1, ())
-        units = self._spread(units)
-        if self.depth == 0:
+        solid = self.depth == 0 and bool(self._live(self._ops(root)))
+        units = self._spread([_Unit(list(self._ops(root)), root, (), folded=True)] if solid else self._units(root, 1, ()))
+        if solid:
             self.foldable[root.name] = "closed"
         nodes, made = self._nodes(units)
         bands = self._bands(nodes, made)
