@@ -105,7 +105,8 @@ def test_activations_are_not_kept_alive():
     (lambda: nn.Linear(2, 2), ("text",), "no tensor among the inputs"),
     (lambda: nn.Linear(2, 2), (torch.zeros(1, 3),), r"inputs were: input \[1, 3\]"),
     (lambda: torch.jit.script(nn.Linear(2, 2)), (torch.zeros(1, 2),), "scripted"),
-    (lambda: torch.compile(nn.Linear(2, 2)), (torch.zeros(1, 2),), "_orig_mod"),
+    (lambda: nn.Linear(2, 2), (torch.zeros(1, 2).to_sparse(),), "is a sparse tensor.*to_dense"),
+    (lambda: nn.Linear(2, 2), (torch.nested.nested_tensor([torch.zeros(1, 2)]),), "is a nested tensor.*to_padded_tensor"),
     (lambda: nn.LazyLinear(3), (torch.zeros(1, 2),), "run the module once"),
 ])
 def test_wrong_inputs_say_what_to_do(make, args, message):

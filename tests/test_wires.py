@@ -202,3 +202,12 @@ def test_a_long_skip_ends_at_a_flag():
     words = [mark.text for mark in draw(cl.trace(model, x)).marks if mark.role == "flag"]
     assert "→ C₁" in words
     assert words.count("C₁ →") > 1
+
+
+def test_compiled_modules_are_traced_eagerly():
+    model = torch.compile(nn.Sequential(nn.Linear(4, 5), torch.compile(nn.Linear(5, 4)), nn.ReLU()))
+    x = torch.randn(2, 4)
+    circuit = cl.trace(model, x)
+    assert [op.fn for op in circuit.ops] == ["linear", "linear", "relu"]
+    assert set(circuit.parameters) == set(dict(model.named_parameters()))
+    assert circuit.verify(model, x).ok

@@ -393,9 +393,10 @@ def _reduce(pen: Pen, spot: Spot) -> None:
     short = len(label) <= 6
     half = (width(label, 15, "label") if short else width(label, 12, "title")) / 2 + 2
     _leads(pen, spot, x - half, x + half)
-    for number_, (band, n) in enumerate((band, n) for band in spot.node.ins for n in spot.node.acted(band)):
+    ends = [(band, n) for band in spot.node.ins for n in spot.node.acted(band)]
+    for band, n in ends:
         y = spot.track(band, n)
-        if short or not number_:
+        if short or (band, n) == ends[0]:
             pen.text(x, y + (5 if short else 4), label, size=15 if short else 12, font="label" if short else "title")
         else:
             pen.wire(band.tracks[n], [(x - half, y), (x + half, y)])

@@ -17,7 +17,7 @@ import torch
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError
 from circuitlab.trace.code import Writer
-from circuitlab.trace.record import named_inputs
+from circuitlab.trace.record import forward_of, named_inputs
 
 _HEADER = """import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class Compiled(_Holder):
         self._inputs = circuit.inputs
         self._shapes = {name: circuit.tensor(name).shape for name in circuit.inputs}
         self._returns = circuit.returns or ("",) * len(circuit.outputs)
-        self._signature = (model.forward,)
+        self._signature = (forward_of(model),)
         self._whole = circuit.root.kind == "root"
         state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
         for tensor in circuit.tensors:

@@ -84,7 +84,7 @@ def copy_model(
     def attempt() -> tuple[torch.nn.Module, Any, dict[int, torch.Tensor]]:
         memo = dict(known)
         originals.clear()
-        copied = copy.deepcopy(model, memo)
+        copied = _eager(copy.deepcopy(model, memo))
         return copied, copy.deepcopy(values, memo), dict(originals)
 
     for parameter in model.parameters():
@@ -152,6 +152,15 @@ def doubled(tensor: torch.Tensor) -> torch.Tensor:
     double = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
     made = tensor.detach().to(double, copy=True)
     return torch.nn.Parameter(made, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else made
+
+
+def _eager(model: torch.nn.Module) -> torch.nn.Module:
+    """A copied module, whose parts that are compiled by torch.compile run their Python code instead."""
+    for module in model.modules():
+        inner = module._modules.get("_orig_mod")
+        if inner is not None and "forward" in vars(module):
+            module.__dict__["forward"] = inner.__call__
+    return model
 
 
 @contextmanager

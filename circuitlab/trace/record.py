@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -109,19 +111,18 @@ def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: st
             "Trace the module that it was scripted from"
         )
     for path, module in model.named_modules():
-        if hasattr(module, "_orig_mod"):
-            where = f"{path}._orig_mod" if path else "model._orig_mod"
-            raise TraceError(
-                f"the module {path or 'that was given'!r} is compiled by torch.compile, which hides its operations. "
-                f"Trace the eager module: {where}",
-                module=path,
-            )
         if path and isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
                 f"the submodule {path!r} is a scripted module: its Python code cannot be watched. "
                 "Put the module that it was scripted from in its place",
                 module=path,
             )
+    for path, tensor in (*tensors_in((args, kwargs), torch.Tensor), *model.named_parameters(), *model.named_buffers()):
+        if tensor.is_nested:
+            raise InputError(f"{path} is a nested tensor, whose rows differ in length, so that it has no axis to follow; "
+                             "trace with torch.nested.to_padded_tensor(...) and a mask")
+        if tensor.layout not in (torch.strided, torch._mkldnn):  # pyright: ignore[reportAttributeAccessIssue]
+            raise InputError(f"{path} is a sparse tensor, and rules are for dense ones; trace with its to_dense()")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]
     if lazy:
         raise TraceError(
@@ -201,7 +202,7 @@ def record(
     }
     real = {key: t for key, t in originals.items() if not t.is_meta and t.numel() <= LARGE and t.device.type == "cpu"}
     recorder = (recorder_class or Recorder)(copied, meta=meta, device=device, constants=constants, real=real)
-    for name, tensor in named_inputs(copied.forward, args, kwargs):
+    for name, tensor in named_inputs(forward_of(copied), args, kwargs):
         recorder.recording.inputs.append(recorder.add(tensor, recorder._name(name), "input"))
     hooks = (
         torch.nn.modules.module.register_module_forward_pre_hook(recorder.module_begins),
@@ -227,6 +228,11 @@ def record(
             "there is no wire to draw. Trace the part of it that computes"
         )
     return recorder, output
+
+
+def forward_of(model: torch.nn.Module) -> Any:
+    """A module's own forward: of one compiled by torch.compile, that of what was compiled."""
+    return model._modules.get("_orig_mod", model).forward  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def named_inputs(forward: Any, args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:
