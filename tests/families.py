@@ -536,7 +536,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.LlamaForCausalLM, transformers.ViTModel, transformers.Wav2Vec2Model  # noqa: B018  imported before as well
     every = families()
-    chosen = {family: every[family] for family in given.only.split(",") if family in every} if given.only else every
+    chosen = {family: every[family] for family in given.only.split(",") if family in every} if given.only else dict(every)
     for family in list(chosen):
         path = CACHE / f"{family}.json"
         if given.only or given.table:

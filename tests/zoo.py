@@ -1119,3 +1119,10 @@ def _(self, x):
 def _(self, x):
     loss = F.binary_cross_entropy_with_logits(x, x.sigmoid())
     return loss.sqrt(), torch.special.log_ndtr(x.sum()), torch.linalg.matrix_norm(x) * F.softplus(x.mean())
+
+
+@style("numbers_of_numpy", x(3, 4), a=linear(4, 4))
+def _(self, x):
+    import numpy as np
+
+    return self.a(x) / np.sqrt(4) + np.float64(0.5)

@@ -240,7 +240,7 @@ def _literal(value: Any) -> str:
     if value is None or isinstance(value, (bool, int)):
         return repr(value)
     if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else f'float("{value}")'
+        return repr(float(value)) if math.isfinite(value) else f'float("{value}")'
     if isinstance(value, str):
         return repr(value).replace("$", "$$")
     if isinstance(value, (tuple, list)):
