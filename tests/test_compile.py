@@ -152,7 +152,7 @@ def test_writes_and_casts_keep_their_meaning():
             y[:, 0] = 1
             y.chunk(2, dim=1)[1].mul_(3)
             torch.nn.functional.relu(y[:, 1], inplace=True)
-            return y.half(), {"sum": y.sum(0), "all": (y, x)}
+            return y.half(), {"sum": y.sum(0), "all": (y, None, x)}
 
     model, x = Writes(), torch.randn(3, 4)
     circuit = cl.trace(model, x)
@@ -162,3 +162,5 @@ def test_writes_and_casts_keep_their_meaning():
     assert got[0].dtype == torch.half
     assert torch.equal(got[1]["sum"], wanted[1]["sum"])
     assert torch.equal(got[1]["all"][0], wanted[1]["all"][0])
+    assert got[1]["all"][1] is None
+    assert torch.equal(got[1]["all"][2], x)

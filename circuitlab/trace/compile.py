@@ -125,7 +125,7 @@ def _reached(model: Any, path: str) -> Any:
 
 
 def _nested(found: dict[str, torch.Tensor]) -> Any:
-    """Tensors by path ("logits", "[1][0]") in tuples and dicts as their paths say."""
+    """Tensors by path ("logits", "[1][0]") in tuples and dicts as their paths say; what was no tensor is None."""
     if list(found) == [""]:
         return found[""]
     whole: dict[str, Any] = {}
@@ -140,7 +140,10 @@ def _nested(found: dict[str, torch.Tensor]) -> Any:
         if not isinstance(value, dict):
             return value
         inner = {key: closed(item) for key, item in value.items()}
-        return tuple(inner.values()) if all(key[0] == "[" for key in inner) else inner
+        if not all(key[0] == "[" for key in inner):
+            return inner
+        numbered = {int(key[1:-1]): item for key, item in inner.items()}
+        return tuple(numbered.get(number) for number in range(max(numbered) + 1))
 
     return closed(whole)
 
