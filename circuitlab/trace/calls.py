@@ -128,7 +128,7 @@ def _without_defaults(func: Any, args: list[Any], kwargs: dict[str, Any]) -> tup
         while len(args) > 2 and args[-1] is None and not kwargs:
             args = args[:-1]
         return args, kwargs
-    defaults = {name: p.default for name, p in inspect.signature(func, follow_wrapped=False).parameters.items()}
+    defaults = _defaults(func)
     names = [*defaults][: len(args)]
 
     def said(name: str, value: Any) -> bool:
@@ -163,9 +163,17 @@ def _path(func: Any) -> tuple[str, str]:
 
 
 @functools.cache
+def _defaults(func: Any) -> dict[str, Any]:
+    """A Python function's parameters with their defaults."""
+    if not isinstance(func, types.FunctionType):
+        return {}
+    return {name: p.default for name, p in inspect.signature(func, follow_wrapped=False).parameters.items()}
+
+
+@functools.cache
 def _parameters(func: Any) -> tuple[str, ...]:
     """Names of a Python function's parameters."""
-    return tuple(inspect.signature(func, follow_wrapped=False).parameters) if isinstance(func, types.FunctionType) else ()
+    return tuple(_defaults(func))
 
 
 def writes(func: Any, args: Any, kwargs: Any) -> bool:
