@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from circuitlab.circuit import Block, Circuit, Op
+from circuitlab.circuit import Block, Circuit, Op, _late
 from circuitlab.errors import InputError
 
 
@@ -75,9 +75,7 @@ class Diff:
 
     def svg(self, **options: Any) -> str:
         """Both drawings, one above the other, with what changed tinted. See `circuitlab.display.diff_svg`."""
-        from importlib import import_module
-
-        return import_module("circuitlab.display").diff_svg(self, **options)
+        return _late("display").diff_svg(self, **options)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return {"image/svg+xml": self.svg(), "text/plain": repr(self)}

@@ -21,7 +21,6 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale + mask) v, as its documentation defines it."""
     shape = query.shape
-    shape = query.shape
     grouped = enable_gqa and query.size(-3) != key.size(-3)
     if grouped:
         # each key-value head serves a group of query heads
