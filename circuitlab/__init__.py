@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from circuitlab.analysis.neurons import observe as observe
     from circuitlab.circuit import Circuit as Circuit
     from circuitlab.circuit import load as load
     from circuitlab.errors import CircuitlabError as CircuitlabError
@@ -20,8 +21,9 @@ _WHERE = {
     "Circuit": "circuitlab.circuit",
     "CircuitlabError": "circuitlab.errors",
     "load": "circuitlab.circuit",
+    "observe": "circuitlab.analysis.neurons",
 }
-__all__ = ["Circuit", "CircuitlabError", "__version__", "load", "trace"]
+__all__ = ["Circuit", "CircuitlabError", "__version__", "load", "observe", "trace"]
 
 
 def __getattr__(name: str) -> Any:

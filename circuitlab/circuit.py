@@ -271,6 +271,11 @@ class Circuit:
         return tuple(op for op in self.ops if op.kind == "opaque")
 
     @cached_property
+    def ffn(self) -> dict[str, Wire]:
+        """Module path -> hidden wire of every feed-forward block. See `circuitlab.analysis.feedforward.ffn`."""
+        return _late("analysis.feedforward").ffn(self)
+
+    @cached_property
     def parameters(self) -> dict[str, tuple[tuple[Wire, ...], ...]]:
         """Name of a parameter or buffer -> its dimensions, each a tuple of `Wire`."""
         return {

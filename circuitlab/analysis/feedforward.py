@@ -1,0 +1,492 @@
+"""Feed-forward blocks of a circuit, found from the wires alone: nobody names layers by hand.
+
+A feed-forward block is a hidden wire that linear maps make at each position separately, that only elementwise functions
+act on, and that linear maps contract: ``FFN(x) = Σ_j act(x·K_j + b_j) V_j + c`` or, gated,
+``h_j = act(x·G_j)(x·U_j)``. Neuron ``j`` has a key ``K_j`` (and a gate ``G_j``), an activation ``h_j`` and a value ``V_j``
+(Geva et al., *Transformer Feed-Forward Layers Are Key-Value Memories*, 2021).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from circuitlab.circuit import Axis, Circuit, Op, Tensor, Wire
+
+_LINEAR = frozenset(
+    "add add_ sub sub_ rsub neg negative dropout dropout1d dropout2d alpha_dropout to float half bfloat16 double type type_as "
+    "clone contiguous detach mul mul_ multiply div div_ true_divide divide lerp where addcmul batch_norm instance_norm".split()
+)
+"""Elementwise functions that are linear in the wire, as long as what they multiply by is not made of it as well."""
+
+_PRODUCTS = frozenset("mul mul_ multiply div div_ true_divide divide addcmul".split())
+_ZEROS = frozenset("relu relu_ relu6 threshold threshold_ hardtanh hardswish hardshrink softshrink".split())
+"""Functions that are exactly zero on a half-line, or on an interval around zero."""
+_KEEP_ZERO = frozenset("pow square mul mul_ multiply div div_ sqrt abs".split())
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where the neurons of a wire sit in one linear map.
+
+    Attributes:
+        parameter: name.
+        dim: its dimension along which the neurons lie.
+        rows: (start, stop, step) of the neurons along that dimension.
+        bias: name of the bias that has the same rows, "" if there is none.
+        op: name of the op that applies it first, and fn: its torch function.
+        operand: number of the tensor among that op's inputs that is multiplied.
+        direct: the op takes the parameter itself, not something computed from it (weight norm, a merged adapter).
+        stacked: number of such maps in the parameter, as of experts; 1 if it is one matrix.
+    """
+
+    parameter: str
+    dim: int
+    rows: tuple[int, int, int]
+    bias: str = ""
+    op: str = ""
+    fn: str = ""
+    operand: int = 0
+    direct: bool = True
+    stacked: int = 1
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The neurons' rows of the parameter, of shape (neurons, what else the parameter has)."""
+        start, stop, step = self.rows
+        return tensor.movedim(self.dim, 0)[start:stop:step].flatten(1) if tensor.ndim > 1 else tensor[start:stop:step, None]
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward block.
+
+    Attributes:
+        path: of the smallest module that holds it.
+        wire: name of the hidden wire.
+        size: number of neurons.
+        keys: the maps that make the wire; for a gated block those without the activation ("up").
+        gates: the maps whose product with the input goes through the activation and gates the keys'; () if not gated.
+        values: the maps that contract the wire.
+        activation: names of the functions between, in order, such as "gelu".
+        zeros: whether the activation is exactly zero on a part of its range, as ReLU is.
+        scales: parameters and buffers of the wire between keys and values (batch norm, learned scales).
+        dim: dimension of the neurons in what the first value map multiplies, counted from the end.
+        positions: wires of its other dimensions, slowest first.
+        seen: whether the wire's values are returned by the model as well.
+    """
+
+    path: str
+    wire: str
+    size: int
+    keys: tuple[Weight, ...]
+    gates: tuple[Weight, ...]
+    values: tuple[Weight, ...]
+    activation: str = ""
+    zeros: bool = False
+    scales: tuple[str, ...] = ()
+    dim: int = -1
+    positions: tuple[tuple[str, ...], ...] = ()
+    seen: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether the block is gated (SwiGLU, GEGLU and the like)."""
+        return bool(self.gates)
+
+    @property
+    def stacked(self) -> int:
+        """Number of experts whose neurons share the wire's numbering; 1 for an ordinary block."""
+        return max(weight.stacked for weight in (*self.keys, *self.gates, *self.values))
+
+    @property
+    def first(self) -> tuple[Weight, ...]:
+        """The maps before the activation: gates of a gated block, else keys."""
+        return self.gates or self.keys
+
+
+class _NoBlockError(Exception):
+    """What was looked at is no feed-forward block."""
+
+
+def ffn(circuit: Circuit) -> dict[str, Wire]:
+    """Module path -> hidden wire of every feed-forward block of a circuit, in the order of the run.
+
+    Blocks that stand side by side in one module, as in an MLP of three layers, go by the path of the map that makes
+    their wire.
+    """
+    return {path: circuit.wires[found.wire] for path, found in blocks(circuit).items()}
+
+
+def blocks(circuit: Circuit) -> dict[str, FeedForward]:
+    """Module path -> `FeedForward`, as `ffn`."""
+    search = _Search(circuit)
+    found: dict[Any, FeedForward] = {}
+    for op in circuit.ops:
+        for axis in op.axes:
+            if axis.role == "contracted":
+                for block in search.read_by(op, axis):
+                    same = tuple(sorted({w.parameter + str(w.rows) for w in (*block.keys, *block.gates)}))
+                    known = found.get(same)
+                    if known is None:
+                        found[same] = block
+                    elif block.values[0].parameter not in [value.parameter for value in known.values]:
+                        found[same] = replace(known, values=(*known.values, *block.values), path=search.common(known.path, block.path))
+    paths = [block.path for block in found.values()]
+    named: dict[str, FeedForward] = {}
+    for block in found.values():
+        path = block.path
+        if paths.count(path) > 1:
+            path = search.module_of(block.keys[0].op)
+        if path in named:
+            path = block.wire
+        named[path] = replace(block, path=path)
+    return named
+
+
+@dataclass
+class _Piece:
+    """A tensor of the region: the sources it is made of, and what has been done to them."""
+
+    sources: frozenset[str]
+    functions: tuple[str, ...] = ()
+    bent: bool = False
+
+
+class _Search:
+    """Looks for feed-forward blocks in one circuit."""
+
+    def __init__(self, circuit: Circuit) -> None:
+        self.circuit = circuit
+        self.number = {op.name: number for number, op in enumerate(circuit.ops)}
+        self.chain: dict[str, tuple[str, ...]] = {}
+        for block, above in _within(circuit.root, ()):
+            for item in block.items:
+                if isinstance(item, str):
+                    self.chain[item] = (*above, block.name)
+        self.roots: dict[str, tuple[str, ...]] = {}
+        for tensor in circuit.tensors:
+            if tensor.kind in ("parameter", "buffer", "constant"):
+                self.roots[tensor.name] = (tensor.name,)
+        for op in circuit.ops:
+            if op.inputs and all(name in self.roots for name in op.inputs):
+                both = tuple(dict.fromkeys(root for name in op.inputs for root in self.roots[name]))
+                self.roots.update(dict.fromkeys(op.outputs, both))
+
+    # from a contraction back ---------------------------------------------------------------------------
+
+    def read_by(self, op: Op, axis: Axis) -> Iterator[FeedForward]:
+        """The block whose wire is contracted here, if there is one."""
+        data = self._multiplied(op, axis)
+        if data is None:
+            return
+        try:
+            yield _Region(self, op, axis, data).block()
+        except _NoBlockError:
+            return
+
+    def _multiplied(self, op: Op, axis: Axis) -> int | None:
+        """Number of the input that a linear map contracts, None if the op is no linear map at each position."""
+        if any(a.role in ("windowed", "opaque") for a in op.axes) or sum(a.role == "contracted" for a in op.axes) > 1:
+            return None
+        slots = {place[0] for place in axis.ins}
+        data = [slot for slot in slots if op.inputs[slot] not in self.roots]
+        learned = [slot for slot in slots if self.learned(op.inputs[slot])]
+        return data[0] if len(data) == 1 and learned else None
+
+    def maps(self, op: Op) -> bool:
+        """Whether an op is a linear map, learned, at each position separately. Where what it maps has size 1, nothing is summed."""
+        if any(a.role == "contracted" and self._multiplied(op, a) is not None for a in op.axes):
+            return True
+        flowing = [name for name in op.inputs if name not in self.roots]
+        return op.kind == "linear" and len(flowing) == 1 and not any(a.role in ("contracted", "windowed", "opaque") for a in op.axes)
+
+    def learned(self, name: str) -> bool:
+        """Whether a tensor is a parameter, or computed from parameters and constants alone."""
+        return any(self.circuit.tensor(root).kind == "parameter" for root in self.roots.get(name, ()))
+
+    def weight(self, op: Op, wires: tuple[str, ...], rows: tuple[int, int, int], axis_role: str) -> Weight:
+        """Where a dimension made of these wires sits in the parameter of a linear map."""
+        others = {a.wire for a in op.axes if a.role == ("contracted" if axis_role == "created" else "created")}
+        for slot, name in enumerate(op.inputs):
+            if not self.learned(name):
+                continue
+            for root in self.roots[name]:
+                tensor = self.circuit.tensor(root)
+                dims = [dim for dim, factors in enumerate(tensor.dims) if factors == wires]
+                if not dims or (others and not any(wire in others for dim in tensor.dims for wire in dim)):
+                    continue  # a bias
+                data = next(n for n, other in enumerate(op.inputs) if other not in self.roots)
+                rest = [dim for dim in tensor.dims if dim != wires and not set(dim) & others]
+                stacked = math.prod(self.circuit.wires[wire].size for dim in rest for wire in dim)
+                return Weight(root, dims[0], rows, self._bias(op, slot, wires) if axis_role == "created" else self._added(op, slot),
+                              op.name, op.fn, data, root == name, stacked)
+        raise _NoBlockError
+
+    def _bias(self, op: Op, weight: int, wires: tuple[str, ...]) -> str:
+        for slot, name in enumerate(op.inputs):
+            if slot != weight and name in self.roots and self.circuit.tensor(name).dims == (wires,):
+                return name
+        return ""
+
+    def _added(self, op: Op, weight: int) -> str:
+        """The output bias of a value map."""
+        extra = [name for slot, name in enumerate(op.inputs) if slot != weight and self.learned(name)]
+        return extra[0] if extra else ""
+
+    # paths --------------------------------------------------------------------------------------------
+
+    def module_of(self, op: str) -> str:
+        """Path of the innermost module that an op runs in."""
+        return _module(self.chain.get(op, ("",))[-1])
+
+    def smallest(self, ops: list[str]) -> str:
+        """Path of the smallest module in which all of these ops run."""
+        chains = [self.chain.get(op, ("",)) for op in ops]
+        shared = ""
+        for level in zip(*chains, strict=False):
+            if len(set(level)) > 1:
+                break
+            shared = level[0]
+        return _module(shared)
+
+    def common(self, one: str, two: str) -> str:
+        """The path that two paths begin with."""
+        a, b = one.split("."), two.split(".")
+        return ".".join(x for n, x in enumerate(a[: len(b)]) if a[: n + 1] == b[: n + 1])
+
+
+class _Region:
+    """The ops between the maps that make a wire and one that contracts it."""
+
+    def __init__(self, search: _Search, reader: Op, axis: Axis, data: int) -> None:
+        self.search = search
+        self.circuit = search.circuit
+        self.reader, self.wire, self.data = reader, axis.wire, data
+        self.hidden = self.circuit.tensor(reader.inputs[data])
+        where = [place for place in axis.ins if place[0] == data]
+        if len(where) != 1 or self.hidden.dims[where[0][1]] != (self.wire,):
+            raise _NoBlockError
+        self.dim = where[0][1]
+        self.pieces: dict[str, _Piece] = {}
+        self.sources: dict[str, tuple[Op, tuple[str, ...], tuple[int, int, int]]] = {}
+        self.ops: dict[str, Op] = {}
+        self.scales: dict[str, None] = {}
+        self.group: dict[str, str] = {}
+        self.activated: set[str] = set()
+
+    def block(self) -> FeedForward:
+        whole = self._piece(self.hidden)
+        self._alone()
+        gates, keys = self._branches(whole)
+        value = self.search.weight(self.reader, (self.wire,), (0, self.circuit.wires[self.wire].size, 1), "contracted")
+        names = [name for name in whole.functions if name not in _LINEAR] or ["mul"]  # bilinear
+        bent = [name for name in names if name not in _KEEP_ZERO]
+        return FeedForward(
+            path=self.search.smallest([self.reader.name, *(op.name for op, _, _ in self.sources.values())]),
+            wire=self.wire, size=self.circuit.wires[self.wire].size,
+            keys=keys, gates=gates, values=(value,), activation=" ".join(dict.fromkeys(names)),
+            zeros=bool(bent) and bent[-1] in _ZEROS, scales=tuple(self.scales),
+            dim=self.dim - len(self.hidden.dims),
+            positions=tuple(dim for n, dim in enumerate(self.hidden.dims) if n != self.dim),
+            seen=any(name in self.circuit.outputs for name in self.pieces),
+        )
+
+    def _piece(self, tensor: Tensor) -> _Piece:
+        if tensor.name not in self.pieces:
+            self.pieces[tensor.name] = self._found(tensor)
+        return self.pieces[tensor.name]
+
+    def _found(self, tensor: Tensor) -> _Piece:
+        if tensor.kind != "value" or not tensor.op:
+            raise _NoBlockError
+        op = self.circuit.op(tensor.op)
+        self.ops[op.name] = op
+        if self._makes(op):
+            return self._source(tensor, op, [])
+        if not _carries(tensor, self.wire):
+            raise _NoBlockError
+        if not _passes_all(op):
+            return self._source(tensor, *self._cut(tensor))
+        children = []
+        for name in op.inputs:
+            inner = self.circuit.tensor(name)
+            if not _carries(inner, self.wire):
+                if name not in self.search.roots and any(self._part(wire) for dim in inner.dims for wire in dim):
+                    return self._source(tensor, *self._cut(tensor))
+                continue
+            if name in self.search.roots:
+                self.scales.update(dict.fromkeys(self.search.roots[name]))
+            else:
+                children.append(self._piece(inner))
+        if not children:
+            raise _NoBlockError
+        return self._joined(op, children)
+
+    def _joined(self, op: Op, children: list[_Piece]) -> _Piece:
+        """What an elementwise op makes of pieces: a sum is one branch, a product of different branches a gate."""
+        sources = frozenset[str]().union(*(child.sources for child in children))
+        functions = tuple(dict.fromkeys(name for child in children for name in child.functions))
+        bent = any(child.bent for child in children)
+        if op.fn in _PRODUCTS and len(children) > 1:
+            # of a value with what was made of it: an activation written out
+            bent = bent or bool(set.intersection(*({self._leader(s) for s in child.sources} for child in children)))
+        elif op.fn in _LINEAR or op.kind == "reindex":
+            if not bent:
+                self.group.update({self._leader(other): self._leader(min(sources)) for other in sources})
+        else:
+            bent = True
+        leaders = {self._leader(source) for source in sources}
+        if bent and len(leaders) == 1:
+            self.activated |= leaders
+        return _Piece(sources, (*functions, op.fn) if op.kind != "reindex" else functions, bent)
+
+    def _leader(self, source: str) -> str:
+        while self.group.get(source, source) != source:
+            source = self.group[source]
+        return source
+
+    def _makes(self, op: Op) -> bool:
+        """Whether a linear map makes the wire here."""
+        if not self.search.maps(op):
+            return False
+        made = {a.wire for a in op.axes if a.role == "created"}
+        return self.wire in made or any(self._part(wire) for wire in made)
+
+    def _part(self, wire: str) -> bool:
+        """Whether the wire is a part of this one."""
+        return any(self.wire in wires for _, _, wires in self.circuit.wires[wire].parts)
+
+    def _cut(self, tensor: Tensor) -> tuple[Op, list[Op]]:
+        """The linear map that a tensor was cut out of, and the ops between them, first to last."""
+        between: list[Op] = []
+        while True:
+            op = self.circuit.op(tensor.op) if tensor.op else None
+            if op is None or len(between) > 16:
+                raise _NoBlockError
+            self.ops[op.name] = op
+            if self._makes(op):
+                return op, between[::-1]
+            if not (_passes_all(op) or op.kind in ("slice", "index")) or op.fn not in _LINEAR and op.kind == "elementwise":
+                raise _NoBlockError
+            between.append(op)
+            flowing = [self.circuit.tensor(name) for name in op.inputs if name not in self.search.roots]
+            if len(flowing) != 1:
+                flowing = [t for t in flowing if _carries(t, self.wire) or any(self._part(w) for d in t.dims for w in d)]
+                flowing = [t for t in flowing if not self.search.roots.get(t.name)][:1]
+            if not flowing:
+                raise _NoBlockError
+            tensor = flowing[0]
+
+    def _source(self, tensor: Tensor, op: Op, between: list[Op]) -> _Piece:
+        made = self.circuit.tensor(op.outputs[0])
+        created = {a.wire for a in op.axes if a.role == "created"}
+        dim = next((n for n, wires in enumerate(made.dims)
+                    if set(wires) & created and (self.wire in wires or any(self._part(w) for w in wires))), None)
+        if dim is None:
+            raise _NoBlockError
+        rows = (0, made.shape[dim], 1) if not between else self._rows(made, dim, between, tensor)
+        if len(range(*rows)) != self.circuit.wires[self.wire].size:
+            raise _NoBlockError
+        self.sources[tensor.name] = (op, made.dims[dim], rows)
+        return _Piece(frozenset({tensor.name}))
+
+    def _rows(self, made: Tensor, dim: int, between: list[Op], wanted: Tensor) -> tuple[int, int, int]:
+        """Which entries of a map's output a tensor cut out of it holds: the calls are made on numbered entries."""
+        shape = [1] * len(made.shape)
+        shape[dim] = -1
+        tags = torch.arange(made.shape[dim]).view(shape).expand(made.shape)
+        known: dict[str, Any] = {made.name: tags}
+        for op in between:
+            if _passes_all(op) and op.kind == "elementwise":
+                source = next(known[name] for name in op.inputs if name in known)
+                known.update(dict.fromkeys(op.outputs, source))
+                continue
+            if not op.call or any(name not in known for name in op.inputs):
+                raise _NoBlockError
+            names = {f"_{n}": known[name] for n, name in enumerate(op.inputs)}
+            sizes = [self.circuit.tensor(name).shape for name in op.outputs]
+            text = re.sub(r"\$\[(\d+):(\d+)\]", lambda m: str(sizes[int(m[1])][int(m[2])]), op.call)  # as `trace/calls.py` says
+            try:
+                result = eval(re.sub(r"\$(\d+)", r"_\1", text), {"torch": torch, "F": torch.nn.functional}, names)  # noqa: S307
+            except Exception:
+                raise _NoBlockError from None
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            known.update(zip(op.outputs, results, strict=False))
+        found = known.get(wanted.name)
+        if found is None or tuple(found.shape) != wanted.shape:
+            raise _NoBlockError
+        at = next((n for n, wires in enumerate(wanted.dims) if wires == (self.wire,)), None)
+        if at is None:
+            raise _NoBlockError
+        line = found.movedim(at, -1).flatten(0, -2)
+        first = line[0].tolist()
+        step = first[1] - first[0] if len(first) > 1 else 1
+        rows = (first[0], first[-1] + 1, step)
+        if step < 1 or list(range(*rows)) != first or not bool((line == line[0]).all()):
+            raise _NoBlockError
+        return rows
+
+    # the whole ------------------------------------------------------------------------------------------
+
+    def _alone(self) -> None:
+        """The wire's values are read by the block alone: a residual stream, which others read as well, is none."""
+        for name in self.pieces:
+            for reader in self.circuit.consumers.get(name, ()):
+                op = self.circuit.op(reader)
+                if reader not in self.ops and not any(
+                    a.role == "contracted" and a.wire == self.wire and self.search._multiplied(op, a) is not None for a in op.axes
+                ):
+                    raise _NoBlockError
+        makers = {op.name for op, _, _ in self.sources.values()}
+        reached = set(self.pieces)
+        numbers = [self.search.number[name] for name in makers]
+        for op in self.circuit.ops[min(numbers) : max(numbers) + 1]:
+            if any(name in reached for name in op.inputs):
+                if op.name in makers:
+                    raise _NoBlockError  # what is read of the wire is written to it again
+                reached.update(op.outputs)
+
+    def _branches(self, whole: _Piece) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+        """Gates and keys."""
+        order = self.search.number
+        branches: dict[str, list[str]] = {}
+        for source in sorted(self.sources, key=lambda name: (order[self.sources[name][0].name], self.sources[name][2])):
+            branches.setdefault(self._leader(source), []).append(source)
+        activated = {self._leader(source) for source in self.activated}
+        first = [leader for leader in branches if leader in activated]
+        if len(branches) == 1:
+            if not whole.bent:
+                raise _NoBlockError
+            return (), self._weights(next(iter(branches.values())))
+        gates = first if 0 < len(first) < len(branches) else [next(iter(branches))]
+        return (self._weights([s for leader in gates for s in branches[leader]]),
+                self._weights([s for leader in branches if leader not in gates for s in branches[leader]]))
+
+    def _weights(self, sources: list[str]) -> tuple[Weight, ...]:
+        return tuple(self.search.weight(*self.sources[name], "created") for name in sources)
+
+
+def _carries(tensor: Tensor, wire: str) -> bool:
+    return any(wire in dim for dim in tensor.dims)
+
+
+def _passes_all(op: Op) -> bool:
+    """Whether an op does the same to every index of every axis, separately."""
+    return op.kind not in ("opaque", "linear", "conv", "contract") and all(axis.passes for axis in op.axes)
+
+
+def _within(block: Any, above: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    yield block, above
+    for item in block.items:
+        if not isinstance(item, str):
+            yield from _within(item, (*above, block.name))
+
+
+def _module(block: str) -> str:
+    """Path of the module of a block: without a function's name and the number of the call."""
+    return block.partition("/")[0].partition("#")[0]

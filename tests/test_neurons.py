@@ -1,0 +1,197 @@
+"""Streaming statistics of neurons, against the same computed at once."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import circuitlab as cl
+from circuitlab.analysis import neurons
+from circuitlab.analysis.neurons import observe
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 3))
+
+
+class Tokens(nn.Module):
+    """A language model in small; `swap` runs positions first."""
+
+    def __init__(self, swap=False):
+        super().__init__()
+        self.embed, self.key, self.value = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 20)
+        self.swap = swap
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        x = x.transpose(0, 1) if self.swap else x
+        x = self.value(torch.relu(self.key(x)))
+        return x.transpose(0, 1) if self.swap else x
+
+
+X, Y = torch.randn(100, 8, generator=torch.Generator().manual_seed(1)), torch.arange(100) % 3
+
+
+def splits(*sizes):
+    return list(zip(X.split(list(sizes)), Y.split(list(sizes)), strict=True))
+
+
+def test_counts_are_those_of_all_at_once(model):
+    stats = observe(model, splits(100), labels=Y)["f"]
+    model.eval()
+    h = torch.relu(model[0](X)).detach()
+    fires = (h > 0).double()
+    assert stats.n == 100
+    assert stats.threshold == 0
+    assert torch.equal(stats.cofiring, (fires.T @ fires).int())
+    assert torch.equal(stats.firing, fires.sum(0).long())
+    assert torch.equal(stats.firing, stats.cofiring.diagonal().long())
+    assert torch.allclose(stats.mean, h.double().mean(0))
+    assert torch.allclose(stats.second, h.double().square().mean(0))
+    assert torch.allclose(stats.magnitude, h.double().abs().mean(0) * model[3].weight.double().norm(dim=0))
+    assert torch.equal(stats.keys, model[0].weight)
+    assert torch.equal(stats.values, model[3].weight.T)
+    assert stats.label_names == ("0", "1", "2")
+    for label in range(3):
+        assert torch.equal(stats.label_firing[label], fires[Y == label].sum(0).long())
+        assert torch.allclose(stats.label_abs[label], h[Y == label].double().abs().sum(0))
+    assert torch.equal(stats.histogram.sum(2), stats.label_n[:, None].expand(3, 16))
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 100, (33, 67), (99, 1)])
+def test_batches_do_not_matter(model, sizes, monkeypatch):
+    monkeypatch.setattr(neurons, "ROWS", 7)
+    monkeypatch.setattr(neurons, "BLOCK", 5)
+    whole, split = observe(model, splits(100), labels=Y), observe(model, splits(*sizes), labels=lambda batch: batch[1])
+    for name, stats in whole.items():
+        assert split[name].threshold == stats.threshold
+        assert torch.equal(split[name].cofiring, stats.cofiring)
+        assert torch.equal(split[name].cofiring, split[name].cofiring.T)
+        assert torch.equal(split[name].label_firing, stats.label_firing)
+        assert torch.equal(split[name].histogram, stats.histogram)
+        assert torch.allclose(split[name].second, stats.second, rtol=1e-6)
+
+
+def test_counts_past_what_a_float_holds_exactly(model):
+    with torch.no_grad():
+        model[0].bias.fill_(100.0)
+    count = neurons._Count(next(iter(neurons.blocks(cl.trace(model, X)).values())), model, 0, torch.device("cpu"))
+    rows = torch.ones(1, 16).expand(neurons.ROWS, 16)
+    for _ in range(2**24 // neurons.ROWS + 5):
+        count._add(rows, None)
+    stats = count.result((), 1, True)
+    assert bool((stats.cofiring == 2**24 + 5 * neurons.ROWS).all())
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_padding_is_not_counted(swap):
+    torch.manual_seed(0)
+    model, ids = Tokens(swap), torch.randint(0, 20, (6, 7))
+    mask = torch.ones(6, 7, dtype=torch.long)
+    mask[2, 4:] = mask[5, 1:] = 0
+    of_kind = torch.arange(42).view(6, 7) % 4
+    stats = next(iter(observe(model, [dict(input_ids=ids, attention_mask=mask)], labels=of_kind).values()))
+    h = torch.relu(model.key(model.embed(ids)))[mask.bool()]
+    assert stats.n == int(mask.sum())
+    assert torch.equal(stats.firing, (h > 0).sum(0))
+    for label in range(4):
+        assert torch.equal(stats.label_firing[label], (h[of_kind[mask.bool()] == label] > 0).sum(0))
+    every = next(iter(observe(model, [dict(input_ids=ids, attention_mask=mask)], mask=None).values()))
+    assert every.n == 42
+
+
+def test_labels_of_examples_hold_at_all_their_positions():
+    model, ids = Tokens(), torch.randint(0, 20, (6, 7))
+    stats = next(iter(observe(model, [ids[:2], ids[2:]], labels=["a", "b", None, "a", "b", "b"]).values()))
+    assert stats.label_names == ("a", "b")
+    assert stats.label_n.tolist() == [14, 21]
+
+
+def test_interrupted_and_resumed(model):
+    whole = observe(model, splits(10, 20, 30, 40), labels=Y)
+
+    class Stops(list):
+        def __iter__(self):
+            for number, batch in enumerate(list.__iter__(self)):
+                if number == 2 and self.armed and calls.append(1) is None and len(calls) == 4:
+                    raise KeyboardInterrupt
+                yield batch
+
+    calls, batches = [], Stops(splits(10, 20, 30, 40))
+    batches.armed = True
+    calls += [1] * 1  # labels, thresholds and the pass itself walk the batches: the third walk is stopped
+    with pytest.warns(UserWarning, match="interrupted after 2 batches"):
+        part = observe(model, batches, labels=Y)
+    assert not part["f"].complete
+    assert part["f"].n == 30
+    batches.armed = False
+    after = observe(model, batches, labels=Y, resume=part)
+    for name, stats in whole.items():
+        assert torch.equal(after[name].cofiring, stats.cofiring)
+        assert torch.equal(after[name].histogram, stats.histogram)
+        assert torch.allclose(after[name].second, stats.second)
+    with pytest.raises(cl.CircuitlabError, match="resume must be"):
+        observe(model, batches, resume=part)
+
+
+def test_wires_by_wire_name_and_path(model):
+    circuit = cl.trace(model, X)
+    by_wire = observe(model, splits(100), circuit.ffn.values())
+    assert list(by_wire) == ["f", "f_2"]
+    assert list(observe(model, splits(100), ["f_2"])) == ["f_2"]
+    assert list(observe(model, splits(100), "3")) == ["f_2"]
+
+
+def test_the_model_is_as_before(model):
+    model.train()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    observe(model, splits(50, 50))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert bool((model[0].weight.grad == 1).all())
+    assert not model[0]._forward_hooks
+
+
+def test_a_frame(model):
+    frame = observe(model, splits(100), labels=["even", "odd"] * 50)["f"].to_frame()
+    assert list(frame.columns) == ["neuron", "firing", "frequency", "mean", "mean_abs", "second", "magnitude", "fires on even", "fires on odd"]
+    assert np.allclose(frame["frequency"] * 100, frame["firing"])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(batches=iter([X])), "walked only once"),
+    (dict(batches=X), "put a single batch into a list"),
+    (dict(batches=[]), "batches is empty"),
+    (dict(wires=["nothing"]), "'nothing' is no hidden wire of a feed-forward block; those of .* are f, f_2"),
+    (dict(labels=[1, 2]), "labels has 2 entries, and the batches hold 100 examples"),
+    (dict(labels=[-1] * 100), "labels holds no label"),
+    (dict(threshold=-1.0), "threshold=-1.0"),
+    (dict(threshold=1e9), r"no neuron of f fires: no \|h\| is above the threshold"),
+    (dict(batches=[(X / 0, Y)]), "is not finite in batch 0"),
+])
+def test_bad_input(model, arguments, message):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(cl.CircuitlabError, match=message):
+        observe(model, **{"batches": splits(100), **arguments})
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_without_blocks():
+    with pytest.raises(cl.CircuitlabError, match="no feed-forward block"):
+        observe(nn.Linear(3, 3), [torch.randn(2, 3)])
+
+
+def test_compiled_and_half_precision(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stats = observe(torch.compile(model), splits(100))
+    assert torch.equal(next(iter(stats.values())).firing, observe(model, splits(100))["f"].firing)
+    halved = observe(model.bfloat16(), [(X.bfloat16(), Y)])
+    assert halved["f"].n == 100
