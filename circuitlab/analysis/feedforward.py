@@ -40,7 +40,9 @@ class Weight:
         rows: (start, stop, step) of the neurons along that dimension.
         bias: name of the bias that has the same rows, "" if there is none.
         op: name of the op that applies it first, and fn: its torch function.
-        operand: number of the tensor among that op's inputs that is multiplied.
+        operand: number of the tensor among that op's inputs that is multiplied, and axis: its dimension that is summed
+            over, counted from the end.
+        module: path of the module that does this map and nothing else, None if there is none.
         direct: the op takes the parameter itself, not something computed from it (weight norm, a merged adapter).
         stacked: number of such maps in the parameter, as of experts; 1 if it is one matrix.
     """
@@ -52,6 +54,8 @@ class Weight:
     op: str = ""
     fn: str = ""
     operand: int = 0
+    axis: int = -1
+    module: str | None = None
     direct: bool = True
     stacked: int = 1
 
@@ -75,8 +79,7 @@ class FeedForward:
         activation: names of the functions between, in order, such as "gelu".
         zeros: whether the activation is exactly zero on a part of its range, as ReLU is.
         scales: parameters and buffers of the wire between keys and values (batch norm, learned scales).
-        dim: dimension of the neurons in what the first value map multiplies, counted from the end.
-        positions: wires of its other dimensions, slowest first.
+        positions: wires of the other dimensions of what the first value map multiplies, slowest first.
         seen: whether the wire's values are returned by the model as well.
     """
 
@@ -89,7 +92,6 @@ class FeedForward:
     activation: str = ""
     zeros: bool = False
     scales: tuple[str, ...] = ()
-    dim: int = -1
     positions: tuple[tuple[str, ...], ...] = ()
     seen: bool = False
 
@@ -223,9 +225,19 @@ class _Search:
                 data = next(n for n, other in enumerate(op.inputs) if other not in self.roots)
                 rest = [dim for dim in tensor.dims if dim != wires and not set(dim) & others]
                 stacked = math.prod(self.circuit.wires[wire].size for dim in rest for wire in dim)
+                summed = [place[1] for a in op.axes if a.role == "contracted" for place in a.ins if place[0] == data]
+                axis = summed[0] - len(self.circuit.tensor(op.inputs[data]).dims) if summed else -1
                 return Weight(root, dims[0], rows, self._bias(op, slot, wires) if axis_role == "created" else self._added(op, slot),
-                              op.name, op.fn, data, root == name, stacked)
+                              op.name, op.fn, data, axis, self._only(op), root == name, stacked)
         raise _NoBlockError
+
+    def _only(self, op: Op) -> str | None:
+        """Path of the module that does nothing but this op, and views before and after it."""
+        block = self.circuit.block(self.chain.get(op.name, ("",))[-1])
+        others = [item for item in block.items if item != op.name]
+        if block.kind == "function" or any(not isinstance(item, str) or self.circuit.op(item).kind != "reindex" for item in others):
+            return None
+        return _module(block.name)
 
     def _bias(self, op: Op, weight: int, wires: tuple[str, ...]) -> str:
         for slot, name in enumerate(op.inputs):
@@ -291,7 +303,6 @@ class _Region:
             wire=self.wire, size=self.circuit.wires[self.wire].size,
             keys=keys, gates=gates, values=(value,), activation=" ".join(dict.fromkeys(names)),
             zeros=bool(bent) and bent[-1] in _ZEROS, scales=tuple(self.scales),
-            dim=self.dim - len(self.hidden.dims),
             positions=tuple(dim for n, dim in enumerate(self.hidden.dims) if n != self.dim),
             seen=any(name in self.circuit.outputs for name in self.pieces),
         )

@@ -16,44 +16,56 @@ from torch.utils.weak import WeakIdKeyDictionary
 from circuitlab.analysis.feedforward import FeedForward, Weight
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor | None]
-"""(wire, hidden values of shape (..., neurons)) -> what to put in their place, or None to leave them."""
+"""(wire, values with the neurons or inputs as last dimension) -> what to put in their place, or None to leave them."""
 
 
 class Tap(TorchFunctionMode):
-    """While active, hands the hidden values of blocks to a function, each time that a value map is about to read them."""
+    """While active, hands what blocks compute to functions.
 
-    def __init__(self, model: torch.nn.Module, blocks: Mapping[str, FeedForward], visit: Visit) -> None:
+    Args:
+        model: that is run.
+        blocks: wire -> block.
+        visit: gets hidden values, of shape (..., neurons), each time that a value map is about to read them.
+        enter: gets the inputs of a block, of shape (..., inputs), each time that its first map is about to read them.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, blocks: Mapping[str, FeedForward], visit: Visit | None = None, enter: Visit | None = None
+    ) -> None:
         super().__init__()
-        self.visit = visit
-        self.readers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         for wire, block in blocks.items():
-            for value in block.values[:1]:  # each of several would read the same
-                found = self.readers.get(named[value.parameter]) or ()
-                self.readers[named[value.parameter]] = (*found, (wire, value, block))
+            for weight, function in ((block.values[0], visit), (block.first[0], enter)):  # others would read the same
+                if function is not None:
+                    tensor = named[weight.parameter]
+                    size = block.size if weight is block.values[0] else 0
+                    self.known[tensor] = (*(self.known.get(tensor) or ()), (wire, weight, size, function))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors(args, kwargs)
-        readers: tuple[tuple[str, Weight, FeedForward], ...] = ()
+        readers: tuple[tuple[str, Weight, int, Visit], ...] = ()
         for tensor in tensors:
-            readers = readers or self.readers.get(tensor) or ()
+            readers = readers or self.known.get(tensor) or ()
         if not readers:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        for wire, value, block in readers:
-            if name == value.fn and value.operand < len(tensors) and tensors[value.operand] not in self.readers:
-                hidden = tensors[value.operand]
-                if hidden.ndim >= -block.dim and hidden.shape[block.dim] == block.size:
-                    changed = self.visit(wire, hidden.movedim(block.dim, -1))
-                    if changed is not None:
-                        args, kwargs = _replaced(args, kwargs, hidden, changed.movedim(-1, block.dim))
-                    return func(*args, **kwargs)
+        name, met = getattr(func, "__name__", ""), False
+        for wire, weight, size, function in readers:
+            if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.known:
+                continue
+            values = tensors[weight.operand]
+            if values.ndim >= -weight.axis and size in (0, values.shape[weight.axis]):
+                met = True
+                changed = function(wire, values.movedim(weight.axis, -1))
+                if changed is not None:
+                    args, kwargs = _replaced(args, kwargs, values, changed.movedim(-1, weight.axis))
+                    tensors = _tensors(args, kwargs)
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and not any(result is tensor for tensor in tensors):
-            self.readers[result] = readers  # a cast or a view of the parameter, or one expert of many
+        if not met and isinstance(result, torch.Tensor) and not any(result is tensor for tensor in tensors):
+            self.known[result] = readers  # a cast or a view of the parameter, or one expert of many
         return result
 
 
