@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from circuitlab.analysis.expert_curve import expert_curve as expert_curve
+    from circuitlab.analysis.experts import to_moe as to_moe
     from circuitlab.analysis.neurons import observe as observe
     from circuitlab.circuit import Circuit as Circuit
     from circuitlab.circuit import load as load
@@ -20,10 +22,12 @@ __version__ = "0.1.0"
 _WHERE = {
     "Circuit": "circuitlab.circuit",
     "CircuitlabError": "circuitlab.errors",
+    "expert_curve": "circuitlab.analysis.expert_curve",
     "load": "circuitlab.circuit",
     "observe": "circuitlab.analysis.neurons",
+    "to_moe": "circuitlab.analysis.experts",
 }
-__all__ = ["Circuit", "CircuitlabError", "__version__", "load", "observe", "trace"]
+__all__ = ["Circuit", "CircuitlabError", "__version__", "expert_curve", "load", "observe", "to_moe", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -159,6 +159,15 @@ def test_the_model_is_as_before(model):
     assert not model[0]._forward_hooks
 
 
+def test_saved_and_loaded(model, tmp_path):
+    stats = observe(model, splits(100), labels=Y)["f"]
+    back = neurons.NeuronStats.load(stats.save(tmp_path / "stats.npz"))
+    assert back.ffn == stats.ffn
+    assert (back.wire, back.n, back.threshold, back.label_names) == (stats.wire, stats.n, stats.threshold, stats.label_names)
+    for name in ("cofiring", "mean", "keys", "histogram"):
+        assert torch.equal(getattr(back, name), getattr(stats, name))
+
+
 def test_a_frame(model):
     frame = observe(model, splits(100), labels=["even", "odd"] * 50)["f"].to_frame()
     assert list(frame.columns) == ["neuron", "firing", "frequency", "mean", "mean_abs", "second", "magnitude", "fires on even", "fires on odd"]

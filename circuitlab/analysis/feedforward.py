@@ -42,6 +42,7 @@ class Weight:
         op: name of the op that applies it first, and fn: its torch function.
         operand: number of the tensor among that op's inputs that is multiplied, and axis: its dimension that is summed
             over, counted from the end.
+        order: number of that op in the run.
         module: path of the module that does this map and nothing else, None if there is none.
         direct: the op takes the parameter itself, not something computed from it (weight norm, a merged adapter).
         stacked: number of such maps in the parameter, as of experts; 1 if it is one matrix.
@@ -55,6 +56,7 @@ class Weight:
     fn: str = ""
     operand: int = 0
     axis: int = -1
+    order: int = 0
     module: str | None = None
     direct: bool = True
     stacked: int = 1
@@ -228,7 +230,7 @@ class _Search:
                 summed = [place[1] for a in op.axes if a.role == "contracted" for place in a.ins if place[0] == data]
                 axis = summed[0] - len(self.circuit.tensor(op.inputs[data]).dims) if summed else -1
                 return Weight(root, dims[0], rows, self._bias(op, slot, wires) if axis_role == "created" else self._added(op, slot),
-                              op.name, op.fn, data, axis, self._only(op), root == name, stacked)
+                              op.name, op.fn, data, axis, self.number[op.name], self._only(op), root == name, stacked)
         raise _NoBlockError
 
     def _only(self, op: Op) -> str | None:
@@ -288,6 +290,7 @@ class _Region:
         self.sources: dict[str, tuple[Op, tuple[str, ...], tuple[int, int, int]]] = {}
         self.ops: dict[str, Op] = {}
         self.scales: dict[str, None] = {}
+        self.biases: dict[str, str] = {}
         self.group: dict[str, str] = {}
         self.activated: set[str] = set()
 
@@ -323,7 +326,8 @@ class _Region:
             raise _NoBlockError
         if not _passes_all(op):
             return self._source(tensor, *self._cut(tensor))
-        children = []
+        children: list[_Piece] = []
+        held: list[str] = []
         for name in op.inputs:
             inner = self.circuit.tensor(name)
             if not _carries(inner, self.wire):
@@ -331,11 +335,17 @@ class _Region:
                     return self._source(tensor, *self._cut(tensor))
                 continue
             if name in self.search.roots:
-                self.scales.update(dict.fromkeys(self.search.roots[name]))
+                held.append(name)
             else:
                 children.append(self._piece(inner))
         if not children:
             raise _NoBlockError
+        for name in held:
+            source = min(children[0].sources)
+            if op.fn in ("add", "add_") and not children[0].bent and len(children[0].sources) == 1 and source not in self.biases:
+                self.biases[source] = self.search.roots[name][0]
+            else:
+                self.scales.update(dict.fromkeys(self.search.roots[name]))
         return self._joined(op, children)
 
     def _joined(self, op: Op, children: list[_Piece]) -> _Piece:
@@ -479,7 +489,13 @@ class _Region:
                 self._weights([s for leader in branches if leader not in gates for s in branches[leader]]))
 
     def _weights(self, sources: list[str]) -> tuple[Weight, ...]:
-        return tuple(self.search.weight(*self.sources[name], "created") for name in sources)
+        found: list[Weight] = []
+        for name in sources:
+            weight = self.search.weight(*self.sources[name], "created")
+            if name in self.biases and weight.bias:
+                self.scales[self.biases[name]] = None
+            found.append(weight if weight.bias else replace(weight, bias=self.biases.get(name, "")))
+        return tuple(found)
 
 
 def _carries(tensor: Tensor, wire: str) -> bool:

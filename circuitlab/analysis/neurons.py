@@ -17,6 +17,7 @@ import torch
 from circuitlab.analysis import batches as walked
 from circuitlab.analysis.feedforward import FeedForward, blocks
 from circuitlab.analysis.labels import Labels
+from circuitlab.analysis.results import Result
 from circuitlab.analysis.tap import Tap
 from circuitlab.circuit import Circuit, Wire
 from circuitlab.errors import InputError
@@ -32,7 +33,7 @@ BINS = tuple(2.0 ** (step / 4) for step in range(-64, 49))
 
 
 @dataclass(frozen=True)
-class NeuronStats:
+class NeuronStats(Result):
     """What the neurons of one wire did over all positions of all batches.
 
     Attributes:
