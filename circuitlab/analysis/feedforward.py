@@ -82,6 +82,7 @@ class FeedForward:
         zeros: whether the activation is exactly zero on a part of its range, as ReLU is.
         scales: parameters and buffers of the wire between keys and values (batch norm, learned scales).
         positions: wires of the other dimensions of what the first value map multiplies, slowest first.
+        batch: number of that dimension of these which counts examples, None if there is none.
         seen: whether the wire's values are returned by the model as well.
     """
 
@@ -95,6 +96,7 @@ class FeedForward:
     zeros: bool = False
     scales: tuple[str, ...] = ()
     positions: tuple[tuple[str, ...], ...] = ()
+    batch: int | None = None
     seen: bool = False
 
     @property
@@ -301,12 +303,14 @@ class _Region:
         value = self.search.weight(self.reader, (self.wire,), (0, self.circuit.wires[self.wire].size, 1), "contracted")
         names = [name for name in whole.functions if name not in _LINEAR] or ["mul"]  # bilinear
         bent = [name for name in names if name not in _KEEP_ZERO]
+        positions = tuple(dim for n, dim in enumerate(self.hidden.dims) if n != self.dim)
         return FeedForward(
             path=self.search.smallest([self.reader.name, *(op.name for op, _, _ in self.sources.values())]),
             wire=self.wire, size=self.circuit.wires[self.wire].size,
             keys=keys, gates=gates, values=(value,), activation=" ".join(dict.fromkeys(names)),
             zeros=bool(bent) and bent[-1] in _ZEROS, scales=tuple(self.scales),
-            positions=tuple(dim for n, dim in enumerate(self.hidden.dims) if n != self.dim),
+            positions=positions,
+            batch=next((n for n, dim in enumerate(positions) if dim and self.circuit.wires[dim[0]].kind == "batch"), None),
             seen=any(name in self.circuit.outputs for name in self.pieces),
         )
 

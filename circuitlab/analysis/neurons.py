@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -154,12 +154,11 @@ def observe(
     with walked.evaluated(model) as copied:
         device = walked.device_of(copied)
         circuit = _traced(copied, walked.to_device(first, device))
-        chosen = _chosen(circuit, wires)
+        chosen = {name: _alone(block, walked.examples(first)) for name, block in _chosen(circuit, wires).items()}
         known = Labels(labels, batches)
         counts = {name: _Count(block, copied, len(known.names), device) for name, block in chosen.items()}
         skip = _resumed(counts, resume, known)
-        leading = {name: _leading(circuit, block, walked.examples(first)) for name, block in chosen.items()}
-        _calibrate(counts, threshold, copied, batches, leading, mask, device, progress)
+        _calibrate(counts, threshold, copied, batches, mask, device, progress)
         seen, complete = skip, True
         try:
             for number, batch in walked.walk(batches, device, what="observing neurons", progress=progress, skip=skip):
@@ -167,7 +166,7 @@ def observe(
                 _run(copied, batch, counts, parts)
                 wanted, marks = _mask(mask, batch), known.of(number, batch, device)
                 for name, count in counts.items():
-                    count.add(_Aligned(parts[name], leading[name], walked.examples(batch), wanted, marks, name), number)
+                    count.add(_Aligned(parts[name], count.block.batch, walked.examples(batch), wanted, marks, name), number)
                 seen = number + 1
         except KeyboardInterrupt:
             complete = False
@@ -214,12 +213,11 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None) -> dict[str, F
     return chosen
 
 
-def _leading(circuit: Circuit, block: FeedForward, examples: int) -> int | None:
-    """Number of the dimension that counts examples, slowest, among the hidden values' others; None if none does."""
-    for number, dim in enumerate(block.positions):
-        if (dim and circuit.wires[dim[0]].kind == "batch") or (examples == 1 and not dim):
-            return number
-    return 0 if examples == 1 else None
+def _alone(block: FeedForward, examples: int) -> FeedForward:
+    """The block of a run on one example, whose axis is no wire: it is the first of size 1."""
+    if block.batch is not None or examples > 1:
+        return block
+    return replace(block, batch=next((number for number, dim in enumerate(block.positions) if not dim), 0))
 
 
 @dataclass
@@ -400,7 +398,7 @@ def _resumed(counts: Mapping[str, _Count], resume: Mapping[str, NeuronStats] | N
 
 
 def _calibrate(
-    counts: Mapping[str, _Count], threshold: float | None, model: torch.nn.Module, batches: Any, leading: Mapping[str, int | None],
+    counts: Mapping[str, _Count], threshold: float | None, model: torch.nn.Module, batches: Any,
     mask: Any, device: torch.device, progress: bool,
 ) -> None:
     """Set the thresholds."""
@@ -416,7 +414,7 @@ def _calibrate(
         parts = {name: _Parts() for name in smooth}
         _run(model, batch, smooth, parts)
         for name, count in smooth.items():
-            seen = _Aligned(parts[name], leading[name], walked.examples(batch), _mask(mask, batch), None, name)
+            seen = _Aligned(parts[name], count.block.batch, walked.examples(batch), _mask(mask, batch), None, name)
             rows = torch.cat(seen.rows) if seen.rows else torch.zeros(0, count.block.size, device=device)
             rows = (rows if seen.mask is None else rows[seen.mask])[: CALIBRATION - squares[name][1]]
             total, n = squares[name]
