@@ -1,0 +1,296 @@
+"""Results as plotly figures. Each takes a result and gives a ``plotly.graph_objects.Figure``.
+
+Backgrounds are transparent and lines are a grey that reads on white and on black, so that a figure follows the notebook's
+theme. Matrices are averaged down to at most `PIXELS` cells a side before they go to the browser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+PIXELS = 1000
+"""Cells a side of a drawn matrix, at most."""
+_INK, _QUIET, _GRID = "#7f868f", "#9aa0a8", "rgba(127,134,143,0.25)"
+_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#997700", "#44aa99", "#777777")
+"""Paul Tol's bright scheme and four more: told apart by colour-blind readers."""
+_HEAT = "Viridis"
+
+
+def colour(number: int) -> str:
+    """The colour of a module, everywhere."""
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _styled(figure: go.Figure, title: str, *, height: int = 380, **layout: Any) -> go.Figure:
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15}, "x": 0.02}, height=height, margin={"l": 60, "r": 20, "t": 56, "b": 50},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": _INK, "size": 12},
+        legend={"bgcolor": "rgba(0,0,0,0)"}, **layout,
+    )
+    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_QUIET)
+    figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_QUIET)
+    return figure
+
+
+def _array(values: Any) -> np.ndarray[Any, Any]:
+    """NumPy's view of an array or a tensor on any device."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def aggregated(matrix: Any, pixels: int = PIXELS) -> tuple[np.ndarray[Any, Any], int]:
+    """A matrix averaged over squares, so that it has at most ``pixels`` rows and columns; and the side of the squares."""
+    whole = _array(matrix)
+    side = max(1, -(-max(whole.shape) // pixels))
+    if side == 1:
+        return whole.astype(np.float64), 1
+    starts = [np.arange(0, size, side) for size in whole.shape]
+    sums = np.add.reduceat(np.add.reduceat(whole, starts[0], axis=0, dtype=np.float64), starts[1], axis=1)
+    rows, columns = (np.diff(np.append(start, size)).astype(np.float64) for start, size in zip(starts, whole.shape, strict=True))
+    return sums / (rows[:, None] * columns), side
+
+
+# neurons ----------------------------------------------------------------------------------------------
+
+
+def neurons(stats: Any, *, labels: bool = True) -> go.Figure:
+    """How often neurons fire and how much they write; and, with labels, on which of them each fires.
+
+    Args:
+        stats: `NeuronStats`.
+        labels: show firing by label where it is known; neurons are sorted by the label that they fire on most.
+    """
+    by_label = labels and stats.label_firing is not None and len(stats.label_names) > 0
+    figure = make_subplots(
+        rows=1, cols=3 if by_label else 2, horizontal_spacing=0.09,
+        subplot_titles=["how often neurons fire", "firing and what is written", "firing on each label"][: 3 if by_label else 2],
+    )
+    frequency, magnitude = _array(stats.frequency), _array(stats.magnitude)
+    rank = np.argsort(-frequency, kind="stable")
+    figure.add_trace(go.Scatter(x=np.arange(len(rank)), y=frequency[rank], customdata=rank, mode="lines", line={"color": colour(0)},
+                                hovertemplate="neuron %{customdata}<br>fires at %{y:.2%}<extra></extra>"), 1, 1)
+    figure.update_xaxes(title_text="neurons, by rank", row=1, col=1)
+    figure.update_yaxes(title_text="share of positions", tickformat=".0%", rangemode="tozero", row=1, col=1)
+    figure.add_trace(go.Scattergl(x=frequency, y=magnitude, customdata=np.arange(len(frequency)), mode="markers",
+                                  marker={"color": colour(0), "size": 4, "opacity": 0.6},
+                                  hovertemplate="neuron %{customdata}<br>fires at %{x:.2%}<br>E|h|·‖V‖ = %{y:.3g}<extra></extra>"), 1, 2)
+    figure.update_xaxes(title_text="share of positions", tickformat=".0%", rangemode="tozero", row=1, col=2)
+    figure.update_yaxes(title_text="E|h|·‖V‖", rangemode="tozero", row=1, col=2)
+    if by_label:
+        share = _array(stats.label_firing) / np.maximum(_array(stats.label_n), 1)[:, None]
+        order = np.lexsort((-share.max(0), share.argmax(0)))
+        shown, side = aggregated(np.repeat(share[:, order], 1, axis=0), PIXELS)
+        if side > 1:  # only neurons are averaged, never labels
+            starts = np.arange(0, share.shape[1], side)
+            shown = np.add.reduceat(share[:, order], starts, axis=1) / np.diff(np.append(starts, share.shape[1]))
+        figure.add_trace(go.Heatmap(z=shown, y=list(stats.label_names), x=np.arange(0, share.shape[1], side), colorscale=_HEAT,
+                                    colorbar={"tickformat": ".0%", "thickness": 10},
+                                    hovertemplate="%{y}: fires at %{z:.1%}<extra></extra>"), 1, 3)
+        figure.update_xaxes(title_text="neurons, by their label", row=1, col=3)
+    figure.update_layout(showlegend=False)
+    return _styled(figure, f"{stats.wire}: {stats.ffn.size} neurons over {stats.n:,} positions, firing means |h| > {stats.threshold:g}")
+
+
+# partitions -------------------------------------------------------------------------------------------
+
+
+def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Figure:
+    """The modules of a wire: their sizes, the score against its null; and the affinity matrix sorted by module, if given.
+
+    Args:
+        part: `Partition`.
+        affinity: (neurons, neurons) matrix to show, such as `NeuronStats.cofiring` or what the partition was made of;
+            with a hierarchy, a slider cuts its dendrogram.
+        pixels: cells a side, at most.
+    """
+    sizes = np.bincount(_array(part.labels), minlength=part.k)
+    if affinity is None:
+        figure = make_subplots(rows=1, cols=2, subplot_titles=["modules", "score against its null"], column_widths=[0.5, 0.5])
+        figure.add_trace(go.Bar(x=np.arange(part.k), y=sizes, marker_color=[colour(m) for m in range(part.k)],
+                                hovertemplate="module %{x}: %{y} neurons<extra></extra>"), 1, 1)
+        figure.update_xaxes(title_text="module", row=1, col=1)
+        figure.update_yaxes(title_text="neurons", row=1, col=1)
+        _null(figure, part, 1, 2)
+        figure.update_layout(showlegend=False)
+        return _styled(figure, _verdict(part))
+    figure = make_subplots(rows=1, cols=2, column_widths=[0.68, 0.32], horizontal_spacing=0.12,
+                           subplot_titles=["sorted by module", "score against its null"])
+    matrix = _array(affinity.todense() if hasattr(affinity, "todense") else affinity)
+    cuts = _cuts(part)
+    for number, k in enumerate(cuts):
+        labels = _array(part.labels) if k == part.k else _array(part.cut(k))
+        trace, _ = _sorted(matrix, labels, pixels)
+        trace.visible = number == len(cuts) - 1
+        figure.add_trace(trace, 1, 1)
+    _null(figure, part, 1, 2)
+    edges = {k: _edges(_array(part.labels) if k == part.k else _array(part.cut(k))) for k in cuts}
+    figure.update_layout(shapes=edges[cuts[-1]], showlegend=False)
+    figure.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", title_text="neurons, by module", row=1, col=1)
+    figure.update_xaxes(constrain="domain", row=1, col=1)
+    if len(cuts) > 1:
+        rest = sum(1 for _ in figure.select_traces()) - len(cuts)
+        figure.update_layout(sliders=[{
+            "active": len(cuts) - 1, "currentvalue": {"prefix": "modules: "}, "pad": {"t": 40}, "len": 0.6,
+            "steps": [{"label": str(k), "method": "update", "args": [
+                {"visible": [n == at for n in range(len(cuts))] + [True] * rest}, {"shapes": edges[k]}]}
+                for at, k in enumerate(cuts)],
+        }])
+    return _styled(figure, _verdict(part), height=560)
+
+
+def _cuts(part: Any) -> list[int]:
+    """Numbers of modules to show: those of a hierarchy, else the one there is."""
+    if part.dendrogram is None:
+        return [part.k]
+    return sorted({k for k in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32) if k < part.k} | {part.k})[:12]
+
+
+def _sorted(matrix: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], pixels: int) -> tuple[go.Heatmap, int]:
+    order = np.argsort(labels, kind="stable")
+    shown, side = aggregated(matrix[np.ix_(order, order)] if len(order) <= 4096 else _gathered(matrix, order, pixels), pixels)
+    at = np.linspace(0, len(order), len(shown), endpoint=False)
+    top = float(np.quantile(shown[~np.eye(len(shown), dtype=bool)], 0.995)) if len(shown) > 1 else 1.0
+    return go.Heatmap(z=shown, x=at, y=at, colorscale=_HEAT, zmin=min(0.0, float(shown.min())), zmax=max(top, 1e-12),
+                      colorbar={"thickness": 10, "x": 0.6}, hovertemplate="%{z:.3g}<extra></extra>"), side
+
+
+def _gathered(matrix: np.ndarray[Any, Any], order: np.ndarray[Any, Any], pixels: int) -> np.ndarray[Any, Any]:
+    """A large matrix sorted and averaged strip by strip, so that it is never copied whole."""
+    starts = np.arange(0, len(order), -(-len(order) // pixels))
+    ends = np.append(starts[1:], len(order))
+    strips = [np.add.reduceat(matrix[order[a:b]].sum(0, dtype=np.float64)[order], starts) / ((b - a) * (ends - starts))
+              for a, b in zip(starts, ends, strict=True)]
+    return np.stack(strips)
+
+
+def _edges(labels: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+    """A square around each module."""
+    ends = np.cumsum(np.bincount(labels)).tolist()
+    starts = [0, *ends[:-1]]
+    return [{"type": "rect", "x0": a, "x1": b, "y0": a, "y1": b, "line": {"color": "white", "width": 1}, "xref": "x", "yref": "y"}
+            for a, b in zip(starts, ends, strict=True)] if len(ends) <= 128 else []
+
+
+def _null(figure: go.Figure, part: Any, row: int, col: int) -> None:
+    null = _array(part.null) if part.null is not None else np.zeros(0)
+    figure.add_trace(go.Histogram(x=null, marker_color=_QUIET, nbinsx=30, name="shuffled", hovertemplate="%{x}: %{y}<extra>shuffled</extra>"), row, col)
+    figure.add_vline(x=float(part.score), line={"color": colour(1), "width": 3}, row=row, col=col,  # type: ignore[arg-type]
+                     annotation={"text": f"p = {part.pvalue:.2g}", "font": {"color": colour(1)}})
+    figure.update_xaxes(title_text=part.score_name, row=row, col=col)
+    figure.update_yaxes(title_text="shuffled controls", row=row, col=col)
+
+
+def _verdict(part: Any) -> str:
+    wire = f"{part.wire}: " if part.wire else ""
+    said = "significant" if part.significant else "not significant"
+    return f"{wire}{part.k} modules by {part.method}, {part.score_name} = {part.score:.3g}, {said} (p = {part.pvalue:.2g})"
+
+
+def expert_curve(curve: Any) -> go.Figure:
+    """Loss against the share of experts; the random partition, which is no better than chance, is dashed."""
+    figure = go.Figure()
+    ways = list(dict.fromkeys(row[1] for row in curve.rows))
+    for part, way in dict.fromkeys(row[:2] for row in curve.rows):
+        points = sorted((share, value) for p, w, share, value in curve.rows if (p, w) == (part, way))
+        if points and points[-1][0] < 1:
+            points.append((1.0, curve.dense))
+        given = part == "given"
+        figure.add_trace(go.Scatter(
+            x=[share for share, _ in points], y=[value for _, value in points], mode="lines+markers", name=f"{way}{'' if given else ', random partition'}",
+            line={"color": colour(ways.index(way)), "dash": "solid" if given else "dash"}, opacity=1 if given else 0.7,
+            hovertemplate=f"{way}, {part} partition<br>%{{x:.0%}} of experts: %{{y:.4g}}<extra></extra>",
+        ))
+    figure.add_hline(y=curve.dense, line={"color": _QUIET, "dash": "dot"}, annotation={"text": "dense", "font": {"color": _QUIET}})
+    figure.update_xaxes(title_text="share of experts", tickformat=".0%", range=[0, 1.03])
+    figure.update_yaxes(title_text="loss")
+    return _styled(figure, f"loss against experts, {len(curve.wires)} {'wire' if len(curve.wires) == 1 else 'wires'} cut at once", height=420)
+
+
+def timeline(found: Any) -> go.Figure:
+    """Token x module: the share of each module in what the block writes, along an example."""
+    wires = list(found.shares)
+    figure = make_subplots(rows=len(wires), cols=1, shared_xaxes=True, subplot_titles=wires, vertical_spacing=0.12 / len(wires))
+    positions = np.arange(len(found.tokens))
+    for row, wire in enumerate(wires, 1):
+        figure.add_trace(go.Heatmap(z=_array(found.shares[wire]), x=positions, colorscale=_HEAT, zmin=0, coloraxis="coloraxis",
+                                    customdata=np.broadcast_to(np.array(found.tokens, dtype=object), found.shares[wire].shape),
+                                    hovertemplate="%{customdata}<br>module %{y}: %{z:.1%}<extra></extra>"), row, 1)
+        figure.update_yaxes(title_text="module", dtick=1, autorange="reversed", row=row, col=1)
+    figure.update_xaxes(tickmode="array", tickvals=positions, ticktext=list(found.tokens), tickangle=-60, row=len(wires), col=1)
+    figure.update_layout(coloraxis={"colorscale": _HEAT, "colorbar": {"tickformat": ".0%", "thickness": 10}, "cmin": 0})
+    return _styled(figure, "modules along the tokens", height=150 + 150 * len(wires))
+
+
+# between partitions -----------------------------------------------------------------------------------
+
+
+def flows(tables: Sequence[Any], names: Sequence[str], *, title: str = "") -> go.Figure:
+    """Modules side by side, and how many neurons (or how much of anything) flows from each to each: Sankey or alluvial.
+
+    Args:
+        tables: flows from the modules of one column to those of the next, (modules, modules) each; one less than names.
+        names: of the columns: layers, or checkpoints.
+        title: of the figure.
+    """
+    sizes = [_array(tables[0]).shape[0], *(_array(table).shape[1] for table in tables)]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    source: list[int] = []
+    target: list[int] = []
+    value: list[float] = []
+    tint: list[str] = []
+    for at, table in enumerate(map(_array, tables)):
+        for a, b in np.argwhere(table > 0).tolist():
+            source.append(int(starts[at] + a))
+            target.append(int(starts[at + 1] + b))
+            value.append(float(table[a, b]))
+            tint.append(_faded(colour(a)))
+    total = len(sizes)
+    figure = go.Figure(go.Sankey(
+        arrangement="snap",
+        node={"label": [f"{m}" for size in sizes for m in range(size)], "color": [colour(m) for size in sizes for m in range(size)],
+              "customdata": [f"{name}, module {m}" for name, size in zip(names, sizes, strict=True) for m in range(size)],
+              "hovertemplate": "%{customdata}: %{value:.4g}<extra></extra>", "thickness": 14, "pad": 8,
+              "x": [0.001 + 0.998 * at / max(total - 1, 1) for at, size in enumerate(sizes) for _ in range(size)],
+              "y": [(m + 0.5) / size for size in sizes for m in range(size)]},
+        link={"source": source, "target": target, "value": value, "color": tint, "hovertemplate": "%{value:.4g}<extra></extra>"},
+    ))
+    for at, name in enumerate(names):
+        figure.add_annotation(x=at / max(total - 1, 1), y=1.08, text=name, showarrow=False, xref="paper", yref="paper")
+    return _styled(figure, title, height=460)
+
+
+def _faded(hexadecimal: str) -> str:
+    red, green, blue = (int(hexadecimal[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.4)"
+
+
+def matrix(values: Any, rows: Iterable[str], columns: Iterable[str], *, title: str, row_title: str, column_title: str, diverging: bool = False) -> go.Figure:
+    """A small matrix with its numbers written in: pruning, coupling, agreement.
+
+    Args:
+        values: (rows, columns).
+        rows, columns: their names.
+        title, row_title, column_title: what is shown.
+        diverging: colours that turn at zero.
+    """
+    shown = _array(values)
+    most = float(np.abs(shown[np.isfinite(shown)]).max()) if np.isfinite(shown).any() else 1.0
+    figure = go.Figure(go.Heatmap(
+        z=shown, x=list(columns), y=list(rows), colorscale="RdBu_r" if diverging else _HEAT, texttemplate="%{z:.3g}" if shown.size <= 400 else None,
+        zmin=-most if diverging else None, zmax=most if diverging else None, colorbar={"thickness": 10},
+        hovertemplate="%{y} → %{x}: %{z:.4g}<extra></extra>",
+    ))
+    figure.update_yaxes(title_text=row_title, autorange="reversed", type="category")
+    figure.update_xaxes(title_text=column_title, type="category")
+    return _styled(figure, title, height=max(320, 60 + 34 * shown.shape[0]))
+
+
+def bars(values: Mapping[str, float], *, title: str, axis: str) -> go.Figure:
+    """Named numbers as bars."""
+    figure = go.Figure(go.Bar(x=list(values), y=list(values.values()), marker_color=colour(0)))
+    figure.update_yaxes(title_text=axis)
+    return _styled(figure, title)
