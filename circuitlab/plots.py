@@ -117,45 +117,63 @@ def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Fi
         _null(figure, part, 1, 2)
         figure.update_layout(showlegend=False)
         return _styled(figure, _verdict(part))
-    figure = make_subplots(rows=1, cols=2, column_widths=[0.68, 0.32], horizontal_spacing=0.12,
-                           subplot_titles=["sorted by module", "score against its null"])
+    tree = part.dendrogram is not None and part.k > 1
+    figure = make_subplots(rows=1, cols=3 if tree else 2, column_widths=[0.12, 0.58, 0.3] if tree else [0.66, 0.34], horizontal_spacing=0.1,
+                           shared_yaxes=False, subplot_titles=[*(["dendrogram"] if tree else []), "sorted by module", "score against its null"])
     matrix = _array(affinity.todense() if hasattr(affinity, "todense") else affinity)
-    cuts = _cuts(part)
-    for number, k in enumerate(cuts):
-        labels = _array(part.labels) if k == part.k else _array(part.cut(k))
-        trace, _ = _sorted(matrix, labels, pixels)
-        trace.visible = number == len(cuts) - 1
-        figure.add_trace(trace, 1, 1)
-    _null(figure, part, 1, 2)
-    edges = {k: _edges(_array(part.labels) if k == part.k else _array(part.cut(k))) for k in cuts}
-    figure.update_layout(shapes=edges[cuts[-1]], showlegend=False)
-    figure.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", title_text="neurons, by module", row=1, col=1)
-    figure.update_xaxes(constrain="domain", row=1, col=1)
-    if len(cuts) > 1:
-        rest = sum(1 for _ in figure.select_traces()) - len(cuts)
-        figure.update_layout(sliders=[{
-            "active": len(cuts) - 1, "currentvalue": {"prefix": "modules: "}, "pad": {"t": 40}, "len": 0.6,
-            "steps": [{"label": str(k), "method": "update", "args": [
-                {"visible": [n == at for n in range(len(cuts))] + [True] * rest}, {"shapes": edges[k]}]}
-                for at, k in enumerate(cuts)],
+    at = 2 if tree else 1
+    labels = _array(part.labels)
+    leaves = _leaves(figure, part.dendrogram, sizes) if tree else list(range(part.k))
+    order = np.argsort(np.argsort(leaves)[labels], kind="stable")
+    figure.add_trace(_sorted(matrix, order, pixels), 1, at)
+    _null(figure, part, 1, at + 1)
+    figure.update_yaxes(range=[len(labels), 0], showgrid=False, title_text="neurons, by module", row=1, col=at)
+    figure.update_xaxes(range=[0, len(labels)], showgrid=False, row=1, col=at)
+    axis = f"{at if at > 1 else ''}"
+    if tree:
+        figure.update_yaxes(range=[len(labels), 0], showticklabels=False, showgrid=False, row=1, col=1)
+        cuts = [k for k in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64) if k < part.k] + [part.k]
+        edges = [_edges(_array(part.cut(k))[order], axis) for k in cuts]
+        shown = cuts.index(max((k for k in part.levels if k in cuts), default=part.k))
+        figure.update_layout(shapes=[*_lines(figure), *edges[shown]], sliders=[{
+            "active": shown, "currentvalue": {"prefix": "groups: "}, "pad": {"t": 36}, "x": 0.1, "len": 0.55,
+            "steps": [{"label": str(k), "method": "relayout", "args": [{"shapes": [*_lines(figure), *made]}]}
+                      for k, made in zip(cuts, edges, strict=True)],
         }])
-    return _styled(figure, _verdict(part), height=560)
+    else:
+        figure.update_layout(shapes=[*_lines(figure), *_edges(labels[order], axis)])
+    figure.update_layout(showlegend=False)
+    return _styled(figure, _verdict(part), height=620 if tree else 540)
 
 
-def _cuts(part: Any) -> list[int]:
-    """Numbers of modules to show: those of a hierarchy, else the one there is."""
-    if part.dendrogram is None:
-        return [part.k]
-    return sorted({k for k in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32) if k < part.k} | {part.k})[:12]
+def _lines(figure: go.Figure) -> list[Any]:
+    """The lines that a figure has already, which a slider must not take away."""
+    return [shape.to_plotly_json() for shape in figure.layout.shapes if shape.type == "line"]  # type: ignore[attr-defined]
 
 
-def _sorted(matrix: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], pixels: int) -> tuple[go.Heatmap, int]:
-    order = np.argsort(labels, kind="stable")
-    shown, side = aggregated(matrix[np.ix_(order, order)] if len(order) <= 4096 else _gathered(matrix, order, pixels), pixels)
-    at = np.linspace(0, len(order), len(shown), endpoint=False)
+def _leaves(figure: go.Figure, tree: Any, sizes: np.ndarray[Any, Any]) -> list[int]:
+    """Draw a dendrogram beside the neurons of its modules; the modules in the order of its leaves."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    drawn = dendrogram(_array(tree), no_plot=True)
+    leaves = list(drawn["leaves"])
+    ends = np.cumsum(sizes[leaves])
+    middles = ends - sizes[leaves] / 2
+    for places, heights in zip(drawn["icoord"], drawn["dcoord"], strict=True):
+        y = np.interp((np.array(places) - 5) / 10, np.arange(len(leaves)), middles)
+        figure.add_trace(go.Scatter(x=-np.array(heights), y=y, mode="lines", line={"color": _INK, "width": 1}, hoverinfo="skip"), 1, 1)
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, row=1, col=1)
+    return leaves
+
+
+def _sorted(matrix: np.ndarray[Any, Any], order: np.ndarray[Any, Any], pixels: int) -> go.Heatmap:
+    """A matrix with its rows and columns in an order."""
+    shown, _ = aggregated(matrix[np.ix_(order, order)] if len(order) <= 4096 else _gathered(matrix, order, pixels), pixels)
+    step = len(order) / len(shown)
+    at = (np.arange(len(shown)) + 0.5) * step
     top = float(np.quantile(shown[~np.eye(len(shown), dtype=bool)], 0.995)) if len(shown) > 1 else 1.0
     return go.Heatmap(z=shown, x=at, y=at, colorscale=_HEAT, zmin=min(0.0, float(shown.min())), zmax=max(top, 1e-12),
-                      colorbar={"thickness": 10, "x": 0.6}, hovertemplate="%{z:.3g}<extra></extra>"), side
+                      showscale=False, hovertemplate="%{z:.3g}<extra></extra>")
 
 
 def _gathered(matrix: np.ndarray[Any, Any], order: np.ndarray[Any, Any], pixels: int) -> np.ndarray[Any, Any]:
@@ -167,27 +185,30 @@ def _gathered(matrix: np.ndarray[Any, Any], order: np.ndarray[Any, Any], pixels:
     return np.stack(strips)
 
 
-def _edges(labels: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-    """A square around each module."""
-    ends = np.cumsum(np.bincount(labels)).tolist()
+def _edges(labels: np.ndarray[Any, Any], axis: str) -> list[dict[str, Any]]:
+    """A square around each run of equal labels."""
+    ends = [*(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
     starts = [0, *ends[:-1]]
-    return [{"type": "rect", "x0": a, "x1": b, "y0": a, "y1": b, "line": {"color": "white", "width": 1}, "xref": "x", "yref": "y"}
+    return [{"type": "rect", "x0": a, "x1": b, "y0": a, "y1": b, "line": {"color": "#ffffff", "width": 1.5}, "xref": f"x{axis}", "yref": f"y{axis}"}
             for a, b in zip(starts, ends, strict=True)] if len(ends) <= 128 else []
 
 
 def _null(figure: go.Figure, part: Any, row: int, col: int) -> None:
-    null = _array(part.null) if part.null is not None else np.zeros(0)
-    figure.add_trace(go.Histogram(x=null, marker_color=_QUIET, nbinsx=30, name="shuffled", hovertemplate="%{x}: %{y}<extra>shuffled</extra>"), row, col)
-    figure.add_vline(x=float(part.score), line={"color": colour(1), "width": 3}, row=row, col=col,  # type: ignore[arg-type]
-                     annotation={"text": f"p = {part.pvalue:.2g}", "font": {"color": colour(1)}})
+    """The score of a partition, and those of its shuffled controls."""
+    null = _array(part.null)
+    figure.add_trace(go.Histogram(x=null, marker_color=_QUIET, nbinsx=24, hovertemplate="%{x}: %{y} controls<extra></extra>"), row, col)
+    score = float(part.tested)
+    text = f"p = {part.pvalue:.2g}" if len(null) else "no controls"
+    figure.add_vline(x=score, line={"color": colour(1), "width": 3}, row=row, col=col,  # type: ignore[arg-type]
+                     annotation={"text": text, "font": {"color": colour(1)}, "xanchor": "right", "yanchor": "top"})
     figure.update_xaxes(title_text=part.score_name, row=row, col=col)
     figure.update_yaxes(title_text="shuffled controls", row=row, col=col)
 
 
 def _verdict(part: Any) -> str:
     wire = f"{part.wire}: " if part.wire else ""
-    said = "significant" if part.significant else "not significant"
-    return f"{wire}{part.k} modules by {part.method}, {part.score_name} = {part.score:.3g}, {said} (p = {part.pvalue:.2g})"
+    said = f", {'significant' if part.significant else 'not significant'} (p = {part.pvalue:.2g})" if part.pvalue == part.pvalue else ""
+    return f"{wire}{part.k} modules by {part.method}, {part.score_name} = {part.score:.3g}{said}"
 
 
 def expert_curve(curve: Any) -> go.Figure:
