@@ -23,6 +23,7 @@ DIFFERENT = {
     "buffer_update", "counter_buffer",  # the second run of the model starts from another buffer
     "comprehension_and_zip",  # as many layers as entries: unpacked into so many names
     "sizes_used_as_numbers",  # the number of entries is added as a number
+    "sequences_packed",  # the sequences' lengths are numbers
     "vmap",  # opaque
     "dropout_train", "chance",  # random
 }

@@ -1126,3 +1126,55 @@ def _(self, x):
     import numpy as np
 
     return self.a(x) / np.sqrt(4) + np.float64(0.5)
+
+
+# sequences of different lengths -----------------------------------------------------------------------------
+
+
+@style("packed_lstm", x(3, 5, 4), lambda: torch.tensor([2, 5, 3]),
+       lstm=lambda: nn.LSTM(4, 6, 2, batch_first=True, bidirectional=True), read=linear(12, 2))
+def _(self, x, lengths):
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    out, (h, _) = self.lstm(packed)
+    out, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True)
+    return self.read(out), h[-1]
+
+
+@style("packed_gru_with_residual", x(5, 3, 4), gru=lambda: nn.GRU(4, 4))
+def _(self, x):
+    out, _ = self.gru(nn.utils.rnn.pack_padded_sequence(x, [5, 3, 2]))
+    return x + nn.utils.rnn.pad_packed_sequence(out)[0]
+
+
+@style("packed_with_total_length", x(3, 7, 4), rnn=lambda: nn.RNN(4, 6, batch_first=True))
+def _(self, x):
+    out, _ = self.rnn(nn.utils.rnn.pack_padded_sequence(x, [5, 3, 2], batch_first=True))
+    return nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=7)[0]
+
+
+@style("sequences_packed", x(5, 4), x(3, 4), gru=lambda: nn.GRU(4, 6, batch_first=True))
+def _(self, a, b):
+    packed, h = self.gru(nn.utils.rnn.pack_sequence([b, a], enforce_sorted=False))
+    return nn.utils.rnn.pad_sequence(nn.utils.rnn.unpack_sequence(packed), batch_first=True), h
+
+
+@style("lstm_projected", x(5, 3, 4), lstm=lambda: nn.LSTM(4, 8, 2, proj_size=3, bidirectional=True))
+def _(self, x):
+    out, (h, c) = self.lstm(x)
+    return out, h, c
+
+
+@style("lstm_projected_apart", x(5, 3, 4), lstm=lambda: nn.LSTM(4, 8, 2, proj_size=3), read=linear(3, 2))
+def _(self, x):
+    return self.read(self.lstm(x)[0])
+
+
+@style("lstm_of_one_unit", x(5, 3, 4), lstm=lambda: nn.LSTM(4, 1, 2, bidirectional=True))
+def _(self, x):
+    return self.lstm(x)[0]
+
+
+@entry
+def packed_input():
+    rows = [torch.randn(4, 3), torch.randn(2, 3)]
+    return nn.GRU(3, 5, 2), (nn.utils.rnn.pack_sequence(rows),), {}

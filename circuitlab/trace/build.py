@@ -63,7 +63,8 @@ def build(
     for value in recording.values:
         if value.kind != "value":
             value.dims = [w.new(size, value.kind, value.name, dim) for dim, size in enumerate(value.shape)]
-    for value in (*recording.outputs, *(operand.value for event in recording.events for operand in event.operands)):
+    events = recording.events if keep_all else _needed(recording)
+    for value in (*recording.outputs, *(operand.value for event in events for operand in event.operands)):
         value.read = True
     given = naming.given_names(recording, model, names)
     patterns: dict[int, Pattern] = {}
@@ -71,7 +72,6 @@ def build(
         pattern = patterns[id(event)] = rules.apply(w, event)
         for out, slots in zip(event.outs, pattern.outs, strict=True):
             out.dims = [[atom for letter in letters for atom in letter.atoms] for letters in slots]
-    events = recording.events if keep_all else _needed(recording)
     values = _used(recording, events)
     made = [(event, patterns[id(event)], _axes(event, patterns[id(event)])) for event in events]
     _drop_unused_indices(made)

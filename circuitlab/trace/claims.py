@@ -130,7 +130,7 @@ class _Runs:
         self.sizes = {name: wire.size for name, wire in circuit.wires.items()}
         self.circuit = circuit
         self.operands = [tensor for _, tensor in tensors_in(call, torch.Tensor)]
-        self.tolerance = max((_tolerance(t.dtype) for t in (*results, *self.operands)), default=1e-8)
+        self.tolerance = max((tolerance_of(t.dtype) for t in (*results, *self.operands)), default=1e-8)
         self.read: int | None = None
         self.signature = str((op.fn, mapped(call, lambda tensor: (tuple(tensor.shape), tensor.dtype))))
 
@@ -314,7 +314,7 @@ def cloned(value: Any) -> Any:
     return mapped(value, lambda tensor: tensor.detach().clone())
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance_of(dtype: torch.dtype) -> float:
     """The error that rounding may make, with room: a module may compute in less than float64 inside."""
     return 1e-8 if not (dtype.is_floating_point or dtype.is_complex) else max(1e-8, 500 * torch.finfo(dtype).eps)
 

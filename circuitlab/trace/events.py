@@ -20,7 +20,7 @@ class Value:
         static: does not depend on the inputs. learned: depends on a parameter.
         event: the event that made it, None for the first four kinds.
         gone: number of events when the array was let go; -1 if it was not, or nobody knows.
-        read: an event or the caller gets it. Known once the run is over.
+        read: an event that an output depends on, or the caller, gets it. Known once the run is over.
     """
 
     __slots__ = ("dims", "dtype", "event", "gone", "kind", "learned", "name", "read", "shape", "static")

@@ -145,6 +145,8 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
         for axis in axes.found:
             atom, role, ins, outs = axis.atom, axis.role, axis.ins, axis.outs
             fact = facts[id(atom)]
+            if pattern.kind == "scan" and role == "ordered" and ins and not any(slot == 0 for slot, _, _ in ins):
+                continue  # the states' own axes: only what is scanned is gone through in order
             fact.roles.add((pattern.kind, role))
             if not any(len(leaves(operands[slot].value.dims[dim])) > 1 for slot, dim, _ in ins):
                 fact.alone.add((pattern.kind, role))
@@ -204,6 +206,8 @@ def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
         return ""
     if has(("embedding", "gathered")) and fact.param is not None and fact.param[1] == 0:
         return "vocab"
+    if has(("scan", "joined")) and fact.param is not None and not atom.parts:
+        return "hidden"
     if fact.twice and not fact.created and not learned:
         return "position"
     if has(("softmax", "normalised")) and has(("contract", "contracted")) and not fact.created:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules import algebra, contract, index, pointwise, shape, spatial
+from circuitlab.trace.rules import algebra, contract, index, pointwise, recurrent, shape, spatial
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -159,7 +159,7 @@ _NAMES: dict[Rule, str] = {
     index.created: "zeros ones full empty new_zeros new_ones new_full new_empty arange range linspace logspace eye rand "
     "randn randint randperm tensor as_tensor new_tensor scalar_tensor tril_indices triu_indices hann_window "
     "hamming_window from_numpy empty_strided",
-    index.cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
+    recurrent.cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
     spatial.grid_sampler: "grid_sampler grid_sampler_2d grid_sampler_3d",
     shape.diagonal: "diagonal linalg_diagonal",
     shape.diagonals: "diag_embed diag diagflat",
@@ -176,7 +176,10 @@ _NAMES: dict[Rule, str] = {
     algebra.buckets: "bucketize searchsorted",
     algebra.member: "isin",
     algebra.grouped_mm: "grouped_mm _grouped_mm",
-    index.recurrent: "lstm gru rnn_tanh rnn_relu",
+    recurrent.recurrent: "lstm gru rnn_tanh rnn_relu",
+    recurrent.pack: "_pack_padded_sequence",
+    recurrent.unpack: "_pad_packed_sequence",
+    recurrent.pad: "pad_sequence",
 }
 
 TABLE: dict[str, Rule] = dict.fromkeys(pointwise.POINTWISE, pointwise.pointwise)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from circuitlab.trace.events import Event, Operand
@@ -398,7 +397,7 @@ def index_add(w: Wires, event: Event, input: Operand, dim: int, index: Operand, 
     return pattern
 
 
-_ALIKE = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
+ALIKE = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
 """Functions that make arrays whose entries are all alike."""
 
 
@@ -407,7 +406,7 @@ def created(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     if not event.operands and any(type(a).__module__ == "numpy" and hasattr(a, "shape") for a in args):
         raise NoRuleError  # from where we cannot see
     random = event.fn.startswith(("rand", "normal"))
-    uniform = (random and event.fn != "randperm") or event.fn in _ALIKE
+    uniform = (random and event.fn != "randperm") or event.fn in ALIKE
     pattern = Pattern("random" if random else "create")
     role = "created" if uniform else "ordered"
     for operand in event.operands:
@@ -416,98 +415,4 @@ def created(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
             raise NoRuleError
     for out in event.outs:
         pattern.out([pattern.new(w, size, role, "create", event.name, n) for n, size in enumerate(out.shape)])
-    return pattern
-
-
-def recurrent(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
-    """Fused lstm, gru, rnn of unpacked sequences: gates share the hidden wire; time is ordered.
-
-    The states of all layers and directions stand in one array, entry by entry, which makes their hidden wires one. If
-    they start from zeros and nobody reads how they end, that array says nothing, and each has a hidden wire of its own.
-    """
-    states = args[0] if isinstance(args[0], (tuple, list)) else (args[0],)
-    weights = args[1]
-    if not isinstance(weights, (tuple, list)) or not isinstance(args[2], bool):
-        raise NoRuleError
-    biases, layers, bidirectional, batch_first = args[2], args[3], args[6], args[7]
-    directions = 2 if bidirectional else 1
-    hidden = states[0].shape[-1]
-    unbatched = input.ndim == 2
-    pattern = Pattern("scan", layers=layers, bidirectional=bidirectional or None)
-    slots = pattern.take(input)
-    time = 0 if unbatched else 1 if batch_first else 0
-    batch = None if unbatched else 0 if batch_first else 1
-    set_role(slots[time], "ordered")
-    set_role(slots[-1], "contracted")
-    per_cell = len(weights) // (layers * directions)
-    if per_cell != (4 if biases else 2) or hidden == 1:
-        raise NoRuleError  # projections
-    apart = not any(out.read for out in event.outs[1:]) and all(
-        state.value.event is not None and state.value.event.fn in _ALIKE for state in states
-    )
-    below: list[Letter] = slots[-1]
-    for layer in range(layers):
-        cells = [weights[n * per_cell : (n + 1) * per_cell] for n in range(layer * directions, (layer + 1) * directions)]
-        own_states = [cell_[1].dims[-1] if apart else states[0].dims[-1] for cell_ in cells]
-        for cell_, state in zip(cells, own_states, strict=True):
-            _cell(w, pattern, cell_, below, state, hidden)
-        below = [Letter("joined", w.sum(own_states, [hidden] * directions, "cat", event.name))]
-    for tensor in states:
-        own = pattern.take(tensor, "ordered")
-        if not apart:
-            w.unify(tensor.dims[-1], states[0].dims[-1])
-            set_role(own[-1], "joined")
-        if batch is not None and own[-2]:
-            w.unify(tensor.dims[-2], input.dims[batch])
-            own[-2] = slots[batch]
-            set_role(slots[batch], "diagonal")
-    pattern.out([*slots[:-1], below])
-    for tensor in event.outs[1:]:
-        lead = pattern.new(w, tensor.shape[0], "ordered", "layers", event.name)
-        last = pattern.new(w, hidden, "ordered", "states", event.name) if apart else [Letter("joined", states[0].dims[-1])]
-        pattern.out([lead, *([slots[batch]] if batch is not None else []), last])
-    return pattern
-
-
-def _cell(
-    w: Wires, pattern: Pattern, cell: Sequence[Any], below: list[Letter], state: Any, hidden: int
-) -> None:
-    """Unify the parameters of one layer in one direction: each gate is a part with the hidden wire."""
-    inward, recurrent_, *biases = cell
-    if below:
-        w.unify(inward.dims[1], below[0].atoms)
-    w.unify(recurrent_.dims[1], state)
-    for parameter in (inward, recurrent_, *biases):
-        for gate in range(parameter.shape[0] // hidden):
-            w.unify(w.slice(parameter.dims[0], gate * hidden, (gate + 1) * hidden), state)
-        own: Slots = [[Letter("joined", parameter.dims[0])]]
-        if parameter is inward:
-            own.append(below)
-        elif parameter is recurrent_:
-            own.append([Letter("joined", state)])
-        pattern.ins[parameter.slot] = own
-
-
-def cell(w: Wires, event: Event, input: Operand, hidden: Any, w_ih: Operand, w_hh: Operand, *biases: Any, **kwargs: Any) -> Pattern:
-    """One step of an LSTM, GRU or RNN: gates share the hidden wire."""
-    states = list(hidden) if isinstance(hidden, (tuple, list)) else [hidden]
-    size = states[0].shape[-1]
-    pattern = Pattern("scan")
-    slots = pattern.take(input)
-    set_role(slots[-1], "contracted")
-    state = states[0].dims[-1]
-    weights = [w_ih, w_hh, *(bias for bias in biases if isinstance(bias, Operand))]
-    if size == 1 or len(weights) not in (2, 4):
-        raise NoRuleError
-    _cell(w, pattern, weights, slots[-1], state, size)
-    for tensor in states:
-        own = pattern.take(tensor, "ordered")
-        w.unify(tensor.dims[-1], state)
-        set_role(own[-1], "joined")
-        if input.ndim > 1 and own[0]:
-            w.unify(tensor.dims[0], input.dims[0])
-            own[0] = slots[0]
-            set_role(slots[0], "diagonal")
-    for _ in event.outs:
-        pattern.out([*slots[:-1], [Letter("joined", state)]])
     return pattern

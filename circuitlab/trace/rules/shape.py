@@ -219,14 +219,15 @@ def select(w: Wires, event: Event, input: Operand, dim: int, index: Any) -> Patt
     return pattern
 
 
-def _tensors(tensors: Any, more: Sequence[Any]) -> list[Operand]:
+def tensors_of(tensors: Any, more: Sequence[Any] = ()) -> list[Operand]:
+    """The operands of a function that takes them in a list, or one by one."""
     listed = tensors if isinstance(tensors, (tuple, list)) else (tensors, *more)
     return [item for item in listed if isinstance(item, Operand)]
 
 
 def cat(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
     """Dimensions put end to end: a sum of wires."""
-    every = _tensors(tensors, ())
+    every = tensors_of(tensors)
     operands = [o for o in every if o.shape != (0,)] or every[:1]
     axis = axis_of(dim, operands[0].ndim)
     filled = [o for o in operands if o.shape[axis]]
@@ -237,7 +238,7 @@ def cat(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
         pattern.out(pattern.take(filled[0]))
         return pattern
     pattern = Pattern("cat", dim=axis)
-    slots = _paired(w, pattern, operands, axis)
+    slots = paired(w, pattern, operands, axis)
     joined: list[Dim] = [operand.dims[axis] for operand in operands]
     whole = w.sum(joined, [operand.shape[axis] for operand in operands], "cat", event.name)
     for operand in every:
@@ -250,7 +251,7 @@ def cat(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
     return pattern
 
 
-def _paired(w: Wires, pattern: Pattern, operands: list[Operand], skip: int) -> Slots:
+def paired(w: Wires, pattern: Pattern, operands: list[Operand], skip: int) -> Slots:
     """Letters of operands that agree in every dimension but one."""
     first = operands[0]
     columns: Slots = []
@@ -273,10 +274,10 @@ def _paired(w: Wires, pattern: Pattern, operands: list[Operand], skip: int) -> S
 
 def stack(w: Wires, event: Event, tensors: Any, dim: int = 0) -> Pattern:
     """Arrays of one shape along a new dimension."""
-    operands = _tensors(tensors, ())
+    operands = tensors_of(tensors)
     axis = axis_of(dim, operands[0].ndim + 1)
     pattern = Pattern("cat", dim=axis)
-    columns = _paired(w, pattern, operands, -1)
+    columns = paired(w, pattern, operands, -1)
     made = pattern.new(w, len(operands), "joined", "stack", event.name)
     pattern.out(columns[:axis] + [made] + columns[axis:])
     return pattern
@@ -381,7 +382,7 @@ def pixel_shuffle(w: Wires, event: Event, input: Operand, *args: int, **kwargs: 
 
 def meshgrid(w: Wires, event: Event, *tensors: Any, indexing: str = "ij", **kwargs: Any) -> Pattern:
     """Each operand along a dimension of its own, repeated over the others."""
-    operands = _tensors(tensors[0] if tensors and isinstance(tensors[0], (list, tuple)) else tensors, ())
+    operands = tensors_of(tensors[0] if tensors and isinstance(tensors[0], (list, tuple)) else tensors)
     pattern = Pattern("reindex")
     letters = [pattern.take(operand)[0] if operand.ndim else [] for operand in operands]
     order = list(range(len(operands)))
