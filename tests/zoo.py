@@ -1178,3 +1178,61 @@ def _(self, x):
 def packed_input():
     rows = [torch.randn(4, 3), torch.randn(2, 3)]
     return nn.GRU(3, 5, 2), (nn.utils.rnn.pack_sequence(rows),), {}
+
+
+# entries chosen for each example ----------------------------------------------------------------------------
+
+hugging_face("gpt2_classifier", "GPT2Config", "GPT2ForSequenceClassification", ids(3, 6), n_layer=1, n_embd=16, n_head=4,
+             vocab_size=40, use_cache=False, bos_token_id=0, eos_token_id=0, pad_token_id=39)
+
+
+@style("last_entry_of_each", x(3, 5, 4), ids(3, high=5), a=linear(4, 6))
+def _(self, x, last):
+    return self.a(x)[torch.arange(x.shape[0], device=x.device), last]
+
+
+@style("top_entries_of_each", x(3, 5, 4), a=linear(4, 6))
+def _(self, x):
+    best = self.a(x).sum(-1).topk(2).indices
+    rows = torch.arange(len(x)).unsqueeze(1)
+    return x[rows, best] + x[rows.expand(-1, 2), best].flip(1)
+
+
+@style("entries_by_list", x(3, 5, 4), ids(3, high=5))
+def _(self, x, i):
+    return x[range(3), i], x[[0, 2, 1], i], x[[0, 1, 2], [4, 0, 2]]
+
+
+@style("entries_in_another_order", x(3, 5, 4), ids(3, high=5))
+def _(self, x, i):
+    n = torch.arange(3)
+    changed = torch.arange(3)
+    changed[0] = 2
+    return x[n.flip(0), i] + x[n * 2 - n, i] + x[n[i % 3], i] + x[changed, i], x[torch.arange(0, 3, 2), i[::2]]
+
+
+@style("entries_written_for_each", x(3, 5, 4), ids(3, high=5), x(3, 4))
+def _(self, x, i, v):
+    y = x.clone()
+    y[torch.arange(3), i] = v
+    return y.index_select(0, torch.arange(3)) + x
+
+
+@style("index_between_indices", x(3, 3, 3, 3), ids(3, high=3))
+def _(self, x, i):
+    return x[:, i, 0, i], x[:, i, :, i], x[:, i, None, i], x[torch.arange(3), :, i]
+
+
+@style("one_counter_for_two_axes", x(3, 3, 4), linear=linear(4, 4))
+def _(self, x):
+    n = torch.arange(x.shape[0])
+    return self.linear(x)[n[:, None], n[None]], x[n, n]
+
+
+@style("writes_through_views", x(2, 6, 4), a=linear(4, 8), b=linear(8, 3))
+def _(self, x):
+    y = self.a(x)
+    y[:, 1:3].mul_(2)
+    y.transpose(0, 1)[::2].add_(1)
+    y.view(2, 6, 2, 4)[:, :, 0].tanh_()
+    return self.b(y)

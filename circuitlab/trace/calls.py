@@ -251,11 +251,11 @@ def _literal(value: Any) -> str:
         return repr(float(value)) if math.isfinite(value) else f'float("{value}")'
     if isinstance(value, str):
         return repr(value).replace("$", "$$")
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, range)):
         if len(value) > _LONGEST:
             raise _CannotSayError
         inner = ", ".join(map(_literal, value))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+        return f"[{inner}]" if not isinstance(value, tuple) else f"({inner}{',' if len(value) == 1 else ''})"
     if isinstance(value, torch.device):
         return "$device"
     if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):

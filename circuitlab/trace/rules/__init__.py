@@ -63,7 +63,7 @@ def leave(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     return pattern
 
 
-write = shape.diagonal_write
+write = shape.write
 
 _NAMES: dict[Rule, str] = {
     pointwise.prelu: "prelu",

@@ -7,7 +7,7 @@ from typing import Any
 from circuitlab.trace.events import Event, Operand
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, cut_roles, set_role
 from circuitlab.trace.rules.pointwise import pointwise
-from circuitlab.trace.wires import ClashError, Wires
+from circuitlab.trace.wires import ClashError, Dim, Wires, leaves
 
 
 def _expanded(index: Any, ndim: int) -> list[Any]:
@@ -32,6 +32,48 @@ def _width(item: Any) -> int:
     return 1
 
 
+def _is_index(item: Any) -> bool:
+    """Whether an item of an index is whole numbers, in a tensor or a list."""
+    if isinstance(item, Operand):
+        return item.value.dtype not in ("bool", "uint8")
+    return isinstance(item, (list, range)) and all(type(i) is int for i in item)
+
+
+_STILL = frozenset(
+    "to long int contiguous clone detach view reshape flatten unflatten unsqueeze squeeze expand expand_as broadcast_to "
+    "view_as reshape_as transpose permute t T mT getitem cpu cuda type type_as data".split()
+)
+"""Functions that leave whole numbers what they are, at the place that their axes tell."""
+
+
+def counting(index: Operand, size: int) -> int | None:
+    """The dimension, from the last, along which an index counts 0, 1 ... size - 1, alike along all others; None if none is known to.
+
+    It has to come from an `arange`: numbers that happen to count are no reason.
+    """
+    value = index.value
+    while value.event is not None and value.event.fn in _STILL and value.dtype in ("int64", "int32"):
+        event = value.event
+        items = event.args[1] if event.fn == "getitem" else ()
+        if not all(item in (None, ...) or item == slice(None) for item in (items if isinstance(items, tuple) else (items,))):
+            return None
+        value = event.operands[0].value
+    event = value.event
+    if event is None or event.fn != "arange" or value.dtype not in ("int64", "int32") or value.shape != (size,):
+        return None
+    start = event.args[0] if len(event.args) > 1 else event.kwargs.get("start", 0)
+    step = event.args[2] if len(event.args) > 2 else event.kwargs.get("step", 1)
+    found = [dim for dim, atoms in enumerate(index.dims) if leaves(atoms) == leaves(value.dims[0])]
+    return found[0] - index.ndim if (start, step) == (0, 1) and len(found) == 1 else None
+
+
+def _name_counter(w: Wires, counter: Dim, counted: Dim) -> None:
+    """A counter that nothing else used so far is one of the axis that it counts."""
+    found = leaves(counter)
+    if len(found) == 1 and len(found[0].hints) == 1:
+        w.unify(counted, counter)
+
+
 class _Read:
     """A reading of ``x[index]``, dimension by dimension."""
 
@@ -41,11 +83,13 @@ class _Read:
         self.out: Slots = []
         self.kind = "reindex"
         self.labels: list[Any] = []
-        self.gathers: list[tuple[int, Operand]] = []
+        self.gathers: list[tuple[int, Operand | None, int | None]] = []
         self.place: int | None = None
         self.apart = False
         axis = 0
-        for item in _expanded(index, input.ndim):
+        items = _expanded(index, input.ndim)
+        self.paired = sum(map(_is_index, items)) > 1
+        for item in items:
             axis += self._step(item, axis)
         if self.gathers:
             self._gather()
@@ -62,16 +106,16 @@ class _Read:
             set_role(self.slots[axis], "indexed")
             self.labels.append(item)
             self.kind = "index" if self.kind != "gather" else self.kind
-        elif isinstance(item, Operand) and item.value.dtype not in ("bool", "uint8"):
-            if self.gathers and self.gathers[-1][0] != axis - 1:
-                self.apart = True
+        elif _is_index(item) and (self.paired or isinstance(item, Operand)):
+            self.apart |= self.place not in (None, len(self.out))
             if self.place is None:
                 self.place = len(self.out)
-            self.gathers.append((axis, item))
-        elif isinstance(item, (list, range)) and all(isinstance(i, int) for i in item):
+            if isinstance(item, Operand):
+                self.gathers.append((axis, item, counting(item, size)))
+            else:
+                self.gathers.append((axis, None, -1 if [*item] == [*range(size)] else None))
+        elif isinstance(item, (list, range)) and _is_index(item):
             # a constant list picks entries: a new axis
-            if self.gathers:
-                raise NoRuleError
             set_role(self.slots[axis], "indexed")
             self.out.append(self.pattern.new(self.w, len(item), "indexed", "picked", self.event.name))
             self.kind = "index"
@@ -132,15 +176,28 @@ class _Read:
         self.out.append(self.pattern.new(self.w, count, "indexed", "picked", self.event.name))
 
     def _gather(self) -> None:
-        """Index tensors broadcast against each other; their dimensions stand where the first stood, or in front."""
+        """Index tensors broadcast against each other; their dimensions stand where the first stood, or in front.
+
+        A dimension whose index counts 0, 1, 2 ... to its end is read entry by entry: it goes on.
+        """
         self.kind = "gather"
-        ndim = max(operand.ndim for _, operand in self.gathers)
-        columns: Slots = [[] for _ in range(ndim)]
-        for axis, operand in self.gathers:
-            set_role(self.slots[axis], "gathered")
+        columns: Slots = [[] for _ in range(max(operand.ndim if operand else 1 for _, operand, _ in self.gathers))]
+        counted = [column for _, _, column in self.gathers]
+        for axis, _, column in self.gathers:
+            if column is not None and self.slots[axis] and counted.count(column) == 1:
+                columns[column] = self.slots[axis]
+            else:
+                set_role(self.slots[axis], "gathered")
+        for axis, operand, _ in self.gathers:
+            if operand is None:
+                continue
             own: Slots = []
-            for position, dim in enumerate(operand.dims):
-                column = columns[ndim - operand.ndim + position]
+            for position, dim in enumerate(operand.dims, start=-operand.ndim):
+                column = columns[position]
+                if column and column is self.slots[axis]:
+                    _name_counter(self.w, dim, column[0].atoms)
+                    own.append([Letter("ordered", dim)])
+                    continue
                 if dim and column:
                     self.w.unify(column[0].atoms, dim)
                     column[0].role = "diagonal"
@@ -148,6 +205,8 @@ class _Read:
                     column.append(Letter("broadcast", dim))
                 own.append(column if dim else [])
             self.pattern.ins[operand.slot] = own
+        if any(operand is None and not (column and columns[column] is self.slots[axis]) for axis, operand, column in self.gathers):
+            set_role(columns[-1], "ordered")  # a constant list, entry by entry
         at = 0 if self.apart else self.place or 0
         self.out[at:at] = columns
 
@@ -248,6 +307,11 @@ def index_select(w: Wires, event: Event, input: Operand, dim: int, index: Operan
     pattern = Pattern("gather", dim=axis)
     slots = pattern.take(input)
     chosen = pattern.take(index)
+    if counting(index, input.shape[axis]) is not None:
+        _name_counter(w, index.dims[0], input.dims[axis])
+        set_role(chosen[0], "ordered")
+        pattern.out(slots)
+        return pattern
     set_role(slots[axis], "gathered")
     pattern.out([*slots[:axis], chosen[0] if chosen else [], *slots[axis + 1 :]])
     return pattern

@@ -393,11 +393,25 @@ def meshgrid(w: Wires, event: Event, *tensors: Any, indexing: str = "ij", **kwar
     return pattern
 
 
-def diagonal_write(w: Wires, event: Event, view: Any, base: Operand, written: Operand, number: int) -> Pattern:
-    """The base of a view after the view was written to: same axes, and positions matter."""
+def write(w: Wires, event: Event, view: Event, base: Operand, written: Operand, number: int) -> Pattern:
+    """The base of a view after the view was written to: axes that the view has whole pass, along others it matters where."""
     pattern = Pattern("box")
-    slots = pattern.take(base, "ordered")
-    pattern.take(written, "ordered")
+    mark = w.mark()
+    try:  # the view's own rule, asked again
+        seen = view.rule(w, view, Operand(0, base.value), *view.args[1:], **view.kwargs)
+        slots, own = seen.ins[0], seen.outs[number]
+        for letters, dim in zip(own, written.dims, strict=True):
+            w.unify([atom for letter in letters for atom in letter.atoms], dim)
+    except (NoRuleError, ClashError):
+        w.rollback(mark)
+        pattern.take(written, "ordered")
+        pattern.out(pattern.take(base, "ordered"))
+        return pattern
+    shared = {id(letter) for letters in slots for letter in letters} & {id(letter) for letters in own for letter in letters}
+    for letter in (letter for letters in (*slots, *own) for letter in letters):
+        whole = id(letter) in shared and letter.role in ("broadcast", "diagonal")
+        letter.role = "diagonal" if whole else "ordered"
+    pattern.ins.update({base.slot: slots, written.slot: own})
     pattern.out(slots)
     return pattern
 
