@@ -60,7 +60,8 @@ class Wire:
         name: unique, by origin, e.g. ``"transformer.h.0.mlp.f"``.
         label: short sign for drawings, e.g. ``"f"``, ``"x̄"``; not unique.
         size: number of entries.
-        kind: "batch", "position", "spatial", "width", "hidden", "head", "head_size", "channel", "vocab" or "".
+        kind: "batch", "position", "spatial", "width", "hidden", "head", "head_size", "group", "expert", "channel",
+            "vocab", "window", "class" or "".
         group: wires of one non-empty group that stand side by side are drawn as one (height and width).
         origin: how the wire came to be, for people.
         permutable: permuting it everywhere it sits leaves the function as it is.

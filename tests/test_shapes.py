@@ -46,3 +46,16 @@ def test_quick_answers_are_torchs(name):
             expected.shape, expected.dtype, expected.stride(), expected.device), (first, rest)
         answered += 1
     assert answered
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("one", "other"), [((16, 8), (3, 8, 24)), ((3, 4, 8), (3, 8, 16)), ((8, 16), (16, 8)), ((3, 4, 8), (8, 16))])
+def test_products_of_groups(one, other, dtype):
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    offs = None if len(one) == len(other) == 3 else torch.tensor([4, 8, 16], dtype=torch.int32)
+    expected = F.grouped_mm(torch.randn(one, dtype=dtype), torch.randn(other, dtype=dtype), offs=offs)
+    left, right = torch.empty(one, dtype=dtype, device="meta"), torch.empty(other, dtype=dtype, device="meta")
+    found = quick("grouped_mm", (left, right), {"offs": offs if offs is None else offs.to("meta")})
+    assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
+    assert quick("grouped_mm", (left, right), {"offs": offs, "out_dtype": torch.float32}) is None

@@ -1236,3 +1236,20 @@ def _(self, x):
     y.transpose(0, 1)[::2].add_(1)
     y.view(2, 6, 2, 4)[:, :, 0].tanh_()
     return self.b(y)
+
+
+if hasattr(F, "grouped_mm"):  # since torch 2.10
+
+    @style("experts_in_one_product", x(12, 8), route=linear(8, 3), up=lambda: nn.Parameter(torch.randn(3, 16, 8)),
+           down=lambda: nn.Parameter(torch.randn(3, 16, 8)))
+    def _(self, x):
+        gates, expert = self.route(x).softmax(-1).max(-1)
+        order = expert.argsort()
+        ends = torch.histc(expert.float(), bins=3, min=0, max=2).cumsum(0).to(torch.int32)
+        hidden = F.grouped_mm(x[order], self.up.transpose(1, 2), offs=ends).relu()
+        out = F.grouped_mm(hidden, self.down, offs=ends) * gates[order, None]
+        return torch.zeros_like(x).index_add(0, order, out)
+
+    @style("products_of_groups", x(3, 8, 16), x(16, 16), lambda: torch.tensor([4, 8, 16], dtype=torch.int32))
+    def _(self, x, y, ends):
+        return F.grouped_mm(x, x.transpose(1, 2).contiguous()), F.grouped_mm(y, y.t(), offs=ends), F.grouped_mm(x, y, offs=ends)

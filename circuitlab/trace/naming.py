@@ -206,6 +206,8 @@ def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
         return ""
     if has(("embedding", "gathered")) and fact.param is not None and fact.param[1] == 0:
         return "vocab"
+    if has(("linear", "gathered")):
+        return "expert"
     if has(("scan", "joined")) and fact.param is not None and not atom.parts:
         return "hidden"
     if fact.twice and not fact.created and not learned:
@@ -299,6 +301,7 @@ _LABELS = {
     "class": "n",
     "window": "w",
     "group": "g",
+    "expert": "e",
 }
 
 

@@ -16,6 +16,8 @@ _SAME = frozenset({"neg", "tril", "triu", "logical_not", "masked_fill", "rms_nor
 
 def quick(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """What a function gives on meta, or None where it must be called."""
+    if name in ("grouped_mm", "_grouped_mm"):
+        return _grouped_mm(*args, **kwargs) if len(args) > 1 else None
     if name not in _SAME or not args or (kwargs and not (name == "rms_norm" and kwargs.keys() <= {"weight", "eps"})):
         return None
     first = args[0]
@@ -47,6 +49,19 @@ def _binary(first: torch.Tensor, other: Any) -> torch.Tensor | None:
     if not isinstance(other, torch.Tensor) or other.dtype != first.dtype or not _within(other, first):
         return None
     return torch.empty_like(first)
+
+
+def _grouped_mm(
+    input: torch.Tensor, other: torch.Tensor, offs: torch.Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> torch.Tensor | None:
+    """Torch knows this on meta for bfloat16 only."""
+    ranks = (input.dim(), other.dim())
+    fits = input.shape[-1] == other.shape[-2] and (ranks != (3, 3) or input.shape[0] == other.shape[0])
+    plain = bias is None and out_dtype is None and input.dtype == other.dtype and input.is_floating_point()
+    if not fits or not plain or not set(ranks) <= {2, 3} or (offs is None) != (ranks == (3, 3)):
+        return None
+    groups = [offs.shape[0]] if offs is not None and ranks == (2, 2) else [*input.shape[:-2]] if ranks == (3, 3) else []
+    return input.new_empty((*groups, input.shape[-2], other.shape[-1]))
 
 
 def _within(other: Any, first: torch.Tensor) -> bool:

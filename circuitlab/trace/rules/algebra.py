@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, axis_of, elementwise, set_role
+from circuitlab.trace.rules.contract import product
+from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, axis_of, elementwise, set_role
 from circuitlab.trace.rules.pointwise import reduce
 from circuitlab.trace.wires import Wires
 
@@ -121,19 +122,35 @@ def buckets(w: Wires, event: Event, *args: Any, **kwargs: Any) -> Pattern:
     return pattern
 
 
-def grouped_mm(w: Wires, event: Event, input: Operand, weight: Operand, *args: Any, **kwargs: Any) -> Pattern:
-    """Rows of one array, in runs, each run times the matrix of its group: ``n k, g k m -> n m``."""
-    if (input.ndim, weight.ndim) != (2, 3) or kwargs.get("bias") is not None:
+def grouped_mm(w: Wires, event: Event, input: Operand, mat2: Operand, *args: Any, **kwargs: Any) -> Pattern:
+    """Rows of one array, in runs, each run times the matrix of its group: ``n k, g k m -> n m``.
+
+    Also ``g n k, g k m -> g n m``; and where runs lie elsewhere, ``g n k, k m -> n m`` and ``n k, k m -> g n m``.
+    """
+    offsets = kwargs.get("offs", args[0] if args else None)
+    if kwargs.get("bias") is not None or len(args) > 1:
         raise NoRuleError
-    pattern = Pattern("linear" if weight.value.learned and weight.value.static else "contract")
-    for operand in event.operands:
-        set_role([letter for letters in pattern.take(operand) for letter in letters], "ordered")
-    rows: Slots = [[Letter("ordered", input.dims[0])] if input.dims[0] else []]
-    inner = Letter("contracted", input.dims[1])
-    w.unify(input.dims[1], weight.dims[1])
-    made = [Letter("created", weight.dims[2])] if weight.dims[2] else []
-    pattern.ins[input.slot] = [*rows, [inner] if input.dims[1] else []]
-    pattern.ins[weight.slot][0] = [Letter("gathered", weight.dims[0])] if weight.dims[0] else []
-    pattern.ins[weight.slot][1:] = [[inner] if input.dims[1] else [], made]
-    pattern.out([*rows, made])
+    ranks = (input.ndim, mat2.ndim)
+    if ranks == (3, 3):
+        return product(w, event, [(input, "gnk"), (mat2, "gkm")], "gnm")
+    if not isinstance(offsets, Operand):
+        raise NoRuleError
+    learned = any(operand.value.learned and operand.value.static for operand in (input, mat2))
+    pattern = Pattern("linear" if learned else "contract")
+    left, right = pattern.take(input), pattern.take(mat2)
+    groups = pattern.take(offsets, "ordered")[0]
+    w.unify(input.dims[-1], mat2.dims[-2])
+    right[-2] = left[-1]
+    set_role(left[-1], "contracted" if ranks != (2, 2) else "ordered")
+    rows, columns = left[-2], right[-1]
+    if learned and mat2.value.learned:
+        set_role(columns, "created")
+    if ranks == (2, 2):
+        pattern.out([groups, rows, columns])
+        return pattern
+    set_role(rows if ranks == (2, 3) else columns, "ordered")
+    whole = mat2 if ranks == (2, 3) else input
+    w.unify(whole.dims[0], offsets.dims[0])
+    pattern.ins[whole.slot][0] = [Letter("gathered", whole.dims[0])] if whole.dims[0] else []
+    pattern.out([rows, columns])
     return pattern
