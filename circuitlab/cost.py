@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from circuitlab.circuit import Block, Circuit, Op, Tensor
+from circuitlab.circuit import Axis, Block, Circuit, Op, Tensor
 from circuitlab.errors import InputError
 
 _BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "float32": 4, "int32": 4, "uint32": 4, "uint64": 8,
@@ -163,7 +163,10 @@ def _op(circuit: Circuit, op: Op, live: Mapping[str, int]) -> _Row:
 
 def _is_product(op: Op) -> bool:
     """Whether products are summed: of two arrays, or of one with itself (a covariance)."""
-    summed = any(axis.role in ("contracted", "windowed") for axis in op.axes)
+    summed = any(
+        axis.role in ("contracted", "windowed") or (axis.role == "ordered" and len(axis.ins) > 1 and not axis.outs)
+        for axis in op.axes
+    )
     return summed and (len(op.inputs) > 1 or any(len(axis.outs) > 1 for axis in op.axes))
 
 
@@ -171,10 +174,11 @@ def _multiplied(op: Op) -> list[str]:
     """The wires over which products are formed.
 
     Of a convolution's positions, those of the result count, or those of the input if it is transposed: each sees the
-    whole kernel.
+    whole kernel. Of groups of rows, each is multiplied with its own matrix only.
     """
     if op.kind != "conv":
-        return [axis.wire for axis in op.axes for _ in range(max(1, len(axis.outs)))]
+        many = [axis for axis in op.axes if axis.role != "gathered" and not _is_extent(axis)]
+        return [axis.wire for axis in many for _ in range(max(1, len(axis.outs)))]
     transposed = "transpose" in op.fn
 
     def counts(axis: Any) -> bool:
@@ -183,6 +187,11 @@ def _multiplied(op: Op) -> list[str]:
         return bool(axis.ins if transposed else axis.outs)
 
     return [axis.wire for axis in op.axes if counts(axis)]
+
+
+def _is_extent(axis: Axis) -> bool:
+    """Whether an axis tells where groups end, and neither factor has it."""
+    return axis.role == "ordered" and all(slot > 1 for slot, _, _ in axis.ins)
 
 
 def _product(circuit: Circuit, wires: Iterable[str], factor: int) -> Polynomial:

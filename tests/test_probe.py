@@ -121,3 +121,27 @@ def test_probing_leaves_random_state_alone():
     state = torch.get_rng_state()
     cl.trace(Calls(scaled, torch.ones(4)), torch.ones(3, 4))
     assert torch.equal(state, torch.get_rng_state())
+
+
+known = operator("known(Tensor x, Tensor w) -> Tensor")(lambda x, w: torch.tanh(x) * w)
+LIBRARY.impl("known", lambda x, w: torch.empty_like(x), "Meta")
+
+
+def test_a_small_model_is_run_live_to_probe_what_meta_leaves_opaque(monkeypatch):
+    model, x = Calls(known, torch.randn(4)), torch.randn(3, 4)
+    found, op = axes(circuit := cl.trace(model, x))
+    assert circuit.device == "live" and op.attrs["probed"]
+    assert found == {("broadcast", ((0, 0, 0),), ((0, 0, 0),)), ("diagonal", ((0, 1, 0), (1, 0, 0)), ((0, 1, 0),))}
+    assert cl.trace(model, x, device="meta").device == "meta"
+    assert cl.trace(Calls(known, torch.randn(4, device="meta")), x.to("meta")).device == "meta"
+    import circuitlab.trace.record as record
+
+    monkeypatch.setattr(record, "_SMALL", 15)
+    circuit = cl.trace(model, x)
+    assert circuit.device == "meta" and {axis.role for op in circuit.opaque for axis in op.axes} == {"opaque"}
+
+
+def test_a_model_that_does_not_run_live_keeps_what_meta_tells():
+    broken = operator("broken(Tensor x) -> Tensor")(lambda x: 1 / 0)
+    LIBRARY.impl("broken", torch.empty_like, "Meta")
+    assert cl.trace(Calls(broken), torch.randn(3, 4)).device == "meta"

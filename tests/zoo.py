@@ -1253,3 +1253,42 @@ if hasattr(F, "grouped_mm"):  # since torch 2.10
     @style("products_of_groups", x(3, 8, 16), x(16, 16), lambda: torch.tensor([4, 8, 16], dtype=torch.int32))
     def _(self, x, y, ends):
         return F.grouped_mm(x, x.transpose(1, 2).contiguous()), F.grouped_mm(y, y.t(), offs=ends), F.grouped_mm(x, y, offs=ends)
+
+
+# windows ----------------------------------------------------------------------------------------------------
+
+
+@style("overlapping_chunks", x(2, 8, 6), a=linear(6, 5), b=linear(5, 3))
+def _(self, x):
+    chunks = self.a(x).view(2, 2, 4, 5)
+    size, stride = list(chunks.size()), list(chunks.stride())
+    size[1], stride[1] = size[1] * 2 - 1, stride[1] // 2
+    return self.b(chunks.as_strided(size, stride)).softmax(2)
+
+
+@style("any_strides", x(4, 4, 4))
+def _(self, x):
+    x = x + 1
+    swapped = x.as_strided((4, 4, 4), (4, 16, 1))
+    diagonal = x.as_strided((4, 4), (20, 1))
+    doubled = x.as_strided((4, 3, 4), (16, 0, 1))
+    shifted = x.as_strided((3, 4, 4), (16, 4, 1), 16)
+    return swapped, diagonal, doubled, shifted, x.as_strided((3, 4, 4), (16, 4, 1), 2), x.as_strided((4, 16), (16, 1))
+
+
+@style("strides_of_another_order", x(3, 5, 5))
+def _(self, x):
+    return x.transpose(1, 2).as_strided((3, 5, 5), (25, 5, 1)), x[1:].as_strided((2, 5), (25, 1))
+
+
+@style("windows_side_by_side", x(2, 3, 8, 6), a=linear(18, 4))
+def _(self, x):
+    patches = self.a(F.unfold(x, (3, 2), padding=(1, 0), stride=(3, 2)).mT), self.a(F.unfold(x[:, :, :6], (3, 2), stride=(3, 2)).mT)
+    return *patches, x.unfold(2, 4, 4), x.unfold(3, 6, 1), x.unfold(2, 3, 3), x.unfold(3, 3, 2)
+
+
+@style("relative_shift", x(2, 3, 5, 5), x(2, 3, 5, 5))
+def _(self, scores, shifted):
+    b, h, q, k = shifted.shape
+    padded = torch.cat([shifted.new_zeros(b, h, q, 1), shifted], -1).view(b, h, k + 1, q)
+    return (scores + padded[:, :, 1:].view(b, h, q, k)).softmax(-1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, TraceError
-from circuitlab.trace import nest
+from circuitlab.trace import nest, rules
 from circuitlab.trace.build import build
 from circuitlab.trace.events import tensors_in
 from circuitlab.trace.guard import copy_model, forget, no_collection, random_state
@@ -34,7 +35,8 @@ def trace(
         *args, **kwargs: inputs as its ``forward`` takes them.
         names: names for the axes of inputs, ``{"x": "batch seq"}``; "_" leaves one unnamed.
         device: "meta" computes shapes only, without numbers or memory; "live" runs on the model's own device, and
-            probes ops without a rule in a second run; "auto" tries meta first. `Circuit.device` says which it was.
+            probes ops without a rule in a second run; "auto" tries meta first, and runs live where that fails, or to
+            probe ops without a rule if the model and the inputs are small. `Circuit.device` says which it was.
 
     Returns:
         the `Circuit`.
@@ -52,7 +54,11 @@ def trace(
             with no_collection():
                 recorder = record(model, args, kwargs, meta=True)[0]
                 forget(recorder.kept)
-                return build(recorder.recording, model, names)
+                circuit = build(recorder.recording, model, names)
+            if device == "auto" and _unknown(recorder, circuit) and _small([*model.parameters(), *model.buffers(), *tensors]):
+                with suppress(RunError, InputError):
+                    return _probed(circuit, model, args, kwargs, names)
+            return circuit
         except InputError:
             raise
         except RunError as failure:
@@ -80,6 +86,20 @@ def trace(
         return _probed(circuit, model, args, kwargs, names) if circuit.opaque else circuit
     except RunError as failure:
         raise failure.to_user(model, "", names) from failure.cause
+
+
+_SMALL = 1 << 24
+"""With no more numbers than this, a model is run live to probe what a meta run leaves opaque."""
+
+
+def _small(tensors: list[torch.Tensor]) -> bool:
+    return not any(tensor.is_meta for tensor in tensors) and sum(tensor.numel() for tensor in tensors) <= _SMALL
+
+
+def _unknown(recorder: Recorder, circuit: Circuit) -> bool:
+    """Whether a circuit has ops that no rule is for, and not only calls that their rule does not cover."""
+    names = {op.name for op in circuit.opaque}
+    return any(event.rule is rules.opaque and event.operands and event.name in names for event in recorder.recording.events)
 
 
 def _probed(circuit: Circuit, model: torch.nn.Module, args: Any, kwargs: Any, names: Mapping[str, str] | None) -> Circuit:

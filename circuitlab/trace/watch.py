@@ -300,9 +300,11 @@ class Recorder(TorchFunctionMode):
         block = self.nest.here(sys._getframe(2))
         outs = [Value("", tuple(tensor.shape), _dtype(tensor.dtype), "value") for tensor in tensors]
         self.recording.values.extend(outs)
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if name == "as_strided" and (first is None or not first.is_contiguous() or first.storage_offset()):
+            rule = rules.opaque  # it reads memory, where the axes lie in another order, or elsewhere
         event = Event(name, rule, template, named, operands, outs, block, self.nest.source(), func=func)
         self._event(event)
-        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         for number, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
             known = self.entries.get(id(tensor))
             if known is not None and known.ref() is tensor:

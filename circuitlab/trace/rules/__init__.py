@@ -140,6 +140,7 @@ _NAMES: dict[Rule, str] = {
     spatial.resize: "interpolate upsample upsample_nearest upsample_bilinear",
     spatial.spectrogram: "stft istft",
     spatial.unfold: "unfold",
+    spatial.as_strided: "as_strided",
     spatial.fold: "fold",
     index.getitem: "getitem",
     index.setitem: "setitem",

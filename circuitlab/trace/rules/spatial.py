@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from circuitlab.trace.events import Event, Operand
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern, Slots, set_role
-from circuitlab.trace.wires import ClashError, Dim, Wires
+from circuitlab.trace.wires import ClashError, Dim, Wires, size_of
 
 
 def _numbers(value: Any, count: int) -> list[int]:
@@ -227,24 +228,92 @@ def resize(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) ->
 
 
 def unfold(w: Wires, event: Event, input: Operand, *args: Any, **kwargs: Any) -> Pattern:
-    """``F.unfold``: windows of positions into channels (c k l); ``Tensor.unfold``: a window dimension at the end."""
+    """``F.unfold``: windows of positions into channels (c k l); ``Tensor.unfold``: a window dimension at the end.
+
+    Windows side by side, which leave nothing out, are a reshape.
+    """
     out = event.outs[0].shape
     pattern = Pattern("box")
     slots = pattern.take(input)
+    given = dict(zip(_UNFOLD if len(out) == input.ndim + 1 else _UNFOLD_IMAGE, args, strict=False)) | kwargs
     if len(out) == input.ndim + 1:
-        axis = (args[0] if args else kwargs["dimension"]) % input.ndim
-        set_role(slots[axis], "windowed")
-        result = list(slots)
-        result[axis] = pattern.new(w, out[axis], "windowed", "positions", event.name, None, 0)
-        pattern.out([*result, pattern.new(w, out[-1], "windowed", "window", event.name)])
+        axis = given["dimension"] % input.ndim
+        halves = _tiled(w, slots, axis, out[axis], out[-1], given["step"])
+        if halves is None:
+            set_role(slots[axis], "windowed")
+            halves = (pattern.new(w, out[axis], "windowed", "positions", event.name, None, 0),
+                      pattern.new(w, out[-1], "windowed", "window", event.name))
+        else:
+            pattern.kind = "reindex"
+        pattern.out([*slots[:axis], halves[0], *slots[axis + 1 :], halves[1]])
         return pattern
     if input.ndim != 4:
         raise NoRuleError
+    sizes, steps = _numbers(given["kernel_size"], 2), _numbers(given.get("stride", 1), 2)
+    spread, around = _numbers(given.get("dilation", 1), 2), _numbers(given.get("padding", 0), 2)
+    counts = [input.shape[2 + n] // sizes[n] for n in (0, 1)]
+    if not any(around) and set(spread) == {1}:
+        mark = w.mark()
+        high, wide = (_tiled(w, slots, 2 + n, counts[n], sizes[n], steps[n]) for n in (0, 1))
+        if high is not None and wide is not None:
+            pattern.kind = "reindex"
+            pattern.out([slots[0], [*slots[1], *high[1], *wide[1]], [*high[0], *wide[0]]])
+            return pattern
+        w.rollback(mark)
+        slots = pattern.take(input)
     for letters in slots[2:]:
         set_role(letters, "windowed")
     window = pattern.new(w, out[1] // input.shape[1], "windowed", "window", event.name)
     places = pattern.new(w, out[2], "windowed", "positions", event.name, None, 0)
     pattern.out([slots[0], [*slots[1], *window], places])
+    return pattern
+
+
+_UNFOLD = ("dimension", "size", "step")
+_UNFOLD_IMAGE = ("kernel_size", "dilation", "padding", "stride")
+
+
+def _tiled(
+    w: Wires, slots: Slots, axis: int, count: int, size: int, step: int
+) -> tuple[list[Letter], list[Letter]] | None:
+    """An axis as (windows)(within each), where they lie side by side and fill it; its letters are put in their place."""
+    dim = [atom for letter in slots[axis] for atom in letter.atoms]
+    if count * size != size_of(dim) or (step != size and count > 1):
+        return None
+    try:
+        outer, inner = ([Letter("broadcast", part)] if part else [] for part in w.regroup([dim], [count, size]))
+    except ClashError:
+        return None
+    slots[axis] = [*outer, *inner]
+    return outer, inner
+
+
+def as_strided(w: Wires, event: Event, input: Operand, size: Any, stride: Any, storage_offset: int | None = None) -> Pattern:
+    """Any way to read the memory of an array that lies there in the order of its axes.
+
+    An axis passes if one of the result steps through it from end to end, and all others, together, never do.
+    """
+    start = storage_offset or 0
+    steps = [(step, count) for step, count in zip(stride, size, strict=True) if count > 1]
+    if start + sum(step * (count - 1) for step, count in steps) >= prod(input.shape):
+        raise NoRuleError  # beyond the array
+    pattern = Pattern("box")
+    slots = pattern.take(input)
+    out: Slots = [pattern.new(w, count, "windowed", "positions", event.name, None, n) for n, count in enumerate(size)]
+    for axis, count in enumerate(input.shape):
+        inner = prod(input.shape[axis + 1 :])
+        outer = inner * count
+        others = list(steps)
+        if count == 1 or (inner, count) not in others:
+            continue
+        others.remove((inner, count))
+        low = sum(step * (many - 1) for step, many in others if step % outer)
+        if start % outer + low < inner:
+            out[[*zip(stride, size, strict=True)].index((inner, count))] = slots[axis]
+    kept = {id(letter) for letters in out for letter in letters}
+    for letters in slots:
+        set_role([letter for letter in letters if id(letter) not in kept], "windowed")
+    pattern.out(out)
     return pattern
 
 
