@@ -211,3 +211,54 @@ def test_compiled_modules_are_traced_eagerly():
     assert [op.fn for op in circuit.ops] == ["linear", "linear", "relu"]
     assert set(circuit.parameters) == set(dict(model.named_parameters()))
     assert circuit.verify(model, x).ok
+
+
+def kinds(name):
+    model, args, kwargs = ZOO[name]()
+    circuit = cl.trace(model, *args, **kwargs)
+    return circuit, lambda *path: [circuit.wires[n].kind for n in dims(circuit, path[0])[path[1]]]
+
+
+def test_learned_queries_are_positions_and_their_batch_is_that_of_the_input():
+    circuit, kind = kinds("learned_queries")
+    assert circuit.tensor(circuit.outputs[0]).dims[0] == circuit.tensor("x").dims[0]
+    assert kind("queries", 1) == ["position"]
+    assert kind("queries", 2) == ["width"]
+    assert kind("q.weight", 0) == kind("k.weight", 0) == kind("v.weight", 0) == ["head", "head_size"]
+    circuit, kind = kinds("queries_of_a_decoder")
+    assert circuit.tensor(circuit.outputs[0]).dims[0] == circuit.tensor("x").dims[0]
+    assert kind("queries.weight", 0) == ["position"]
+    assert kind("own.out_proj.weight", 1) == kind("read.out_proj.weight", 1) == ["head", "head_size"]
+
+
+def test_heads_are_groups_only_where_each_of_several_key_heads_serves_some():
+    circuit, kind = kinds("a_key_shared_by_heads")
+    assert kind("q.weight", 0)[0] == "head" == kind("kv.weight", 0)[0]
+    _, kind = kinds("linear_attention")
+    assert kind("v.weight", 0) == ["head", "head_size"]
+    circuit = cl.trace(Llama(32, 16, 4, 2, 1), torch.zeros(2, 7, dtype=torch.long))
+    assert [circuit.wires[n].label for n in dims(circuit, "layers.0.attention.q.weight")[0]][:2] == ["h", "g"]
+
+
+def test_what_is_packed_keeps_its_batch_and_time():
+    circuit, kind = kinds("packed_gru_with_residual")
+    assert circuit.tensor(circuit.outputs[0]).dims == circuit.tensor("x").dims
+    circuit, kind = kinds("packed_lstm")
+    assert dims(circuit, "lstm.weight_hh_l0")[1] == dims(circuit, "lstm.weight_hh_l1_reverse")[1]
+    assert circuit.tensor(circuit.outputs[0]).dims[1] == circuit.tensor("x").dims[1]
+    circuit, kind = kinds("lstm_projected_apart")
+    first, second = dims(circuit, "lstm.weight_hr_l0"), dims(circuit, "lstm.weight_hr_l1")
+    assert first[0] == dims(circuit, "lstm.weight_ih_l1")[1] == dims(circuit, "lstm.weight_hh_l0")[1]
+    assert set(first[0] + first[1]).isdisjoint(second[0] + second[1])
+    assert all(circuit.wires[n].permutable for dim in (*first, *second) for n in dim)
+
+
+def test_an_index_that_counts_leaves_the_axis_what_it_is():
+    circuit, _ = kinds("last_entry_of_each")
+    batch = circuit.tensor("x").dims[0]
+    assert circuit.tensor(circuit.outputs[0]).dims[0] == batch == circuit.tensor("last").dims[0]
+    assert circuit.wires[batch[0]].kind == "batch"
+    circuit, _ = kinds("entries_in_another_order")
+    assert all(circuit.tensor(output).dims[0] != circuit.tensor("x").dims[0] for output in circuit.outputs)
+    circuit, _ = kinds("one_counter_for_two_axes")
+    assert len({wire for dim in circuit.tensor("x").dims for wire in dim}) == 3

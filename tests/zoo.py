@@ -1292,3 +1292,45 @@ def _(self, scores, shifted):
     b, h, q, k = shifted.shape
     padded = torch.cat([shifted.new_zeros(b, h, q, 1), shifted], -1).view(b, h, k + 1, q)
     return (scores + padded[:, :, 1:].view(b, h, q, k)).softmax(-1)
+
+
+# learned queries, repeated for each example --------------------------------------------------------------------
+
+
+def heads(x, count):
+    return x.view(*x.shape[:2], count, -1).transpose(1, 2)
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@style("learned_queries", x(2, 5, 12), queries=lambda: nn.Parameter(torch.randn(1, 3, 16)), q=linear(16, 16), k=linear(12, 16),
+       v=linear(12, 16), o=linear(16, 16), q2=linear(16, 16), kv2=linear(16, 32), o2=linear(16, 16))
+def _(self, x):
+    rows = self.queries.expand(x.shape[0], -1, -1)
+    rows = self.o(attend(heads(self.q(rows), 2), heads(self.k(x), 2), heads(self.v(x), 2)))
+    k, v = self.kv2(rows).chunk(2, -1)
+    return rows + self.o2(attend(heads(self.q2(rows), 2), heads(k, 2), heads(v, 2)))
+
+
+@style("queries_of_a_decoder", x(2, 5, 16), queries=lambda: nn.Embedding(3, 16),
+       own=lambda: nn.MultiheadAttention(16, 2, batch_first=True), read=lambda: nn.MultiheadAttention(16, 2, batch_first=True))
+def _(self, x):
+    place = self.queries.weight.unsqueeze(0).repeat(x.shape[0], 1, 1)
+    rows = torch.zeros_like(place)
+    rows = rows + self.own(rows + place, rows + place, rows)[0]
+    return rows + self.read(rows + place, x, x)[0]
+
+
+@style("a_key_shared_by_heads", x(2, 5, 16), q=linear(16, 32), kv=linear(16, 32), shared=linear(16, 4), o=linear(16, 16))
+def _(self, x):
+    k, v = heads(self.kv(x), 4).split(4, -1)
+    shared = self.shared(x).unsqueeze(1).expand(-1, 4, -1, -1)
+    return self.o(attend(heads(self.q(x), 4), torch.cat([k, shared], -1), v))
+
+
+@style("linear_attention", x(2, 5, 16), q=linear(16, 16), k=linear(16, 16), v=linear(16, 16), o=linear(16, 16))
+def _(self, x):
+    q, k, v = heads(self.q(x), 2).softmax(-1), heads(self.k(x), 2).softmax(-2), heads(self.v(x), 2)
+    return self.o((q @ (k.mT @ v)).transpose(1, 2).flatten(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class _Facts:
     alone: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])  # the same where it is a whole dimension
     created: list[Event] = field(default_factory=list[Event])
     contracted: list[Event] = field(default_factory=list[Event])
+    learned: list[Event] = field(default_factory=list[Event])  # those of contracted that have weights
     inputs: list[tuple[Value, int]] = field(default_factory=list[tuple[Value, int]])
     param: tuple[str, int] | None = None
     first: Event | None = None
@@ -44,7 +45,8 @@ class _Facts:
     repeated: bool = False
     pixel: bool = False  # a position of an image under a convolution
     over: int = 0  # products of data that it is broadcast over
-    factor: bool = False  # a linear map makes it together with another axis (heads and what is in each)
+    among: int = 0  # how many axes a linear map makes together, it among them (heads and what is in each)
+    outer: bool = False  # it stands outside of others there
 
 
 # names that the user gives -------------------------------------------------------------------------------
@@ -139,27 +141,34 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
             for leaf in leaves(atoms):
                 if id(leaf) in facts:
                     facts[id(leaf)].inputs.append((value, dim))
+    mapped = {id(event) for event, pattern, _ in made if event.fn == "linear" or pattern.kind in _OF_DATA}
     for event, pattern, axes in made:
         operands = event.operands
         seen: set[int] = set()
+        weights = _weights(event, pattern, mapped)
+        kind = pattern.kind if weights is None else "linear" if weights else "contract"
         for axis in axes.found:
-            atom, role, ins, outs = axis.atom, axis.role, axis.ins, axis.outs
+            atom, ins, outs = axis.atom, axis.ins, axis.outs
+            role = axis.role if weights is None else _role_of(axis, weights)
             fact = facts[id(atom)]
             if pattern.kind == "scan" and role == "ordered" and ins and not any(slot == 0 for slot, _, _ in ins):
                 continue  # the states' own axes: only what is scanned is gone through in order
-            fact.roles.add((pattern.kind, role))
+            fact.roles.add((kind, role))
             if not any(len(leaves(operands[slot].value.dims[dim])) > 1 for slot, dim, _ in ins):
-                fact.alone.add((pattern.kind, role))
+                fact.alone.add((kind, role))
             fact.first = fact.first or event
-            if id(atom) in seen and pattern.kind != "reindex":
+            if id(atom) in seen and kind != "reindex":
                 fact.twice = True
             seen.add(id(atom))
-            if role == "created" and pattern.kind in ("linear", "conv", "embedding"):
+            if role == "created" and kind in ("linear", "conv", "embedding"):
                 fact.created.append(event)
-                fact.factor |= pattern.kind == "linear" and sum(a.role == "created" for a in axes.found) > 1
+                if kind == "linear" and outs:
+                    _place(fact, event.outs[outs[0][0]].dims[outs[0][1]], outs[0][2])
             if role == "contracted":
                 fact.contracted.append(event)
-            if pattern.kind == "contract" and role == "broadcast":
+                if kind in ("linear", "conv"):
+                    fact.learned.append(event)
+            if kind == "contract" and role == "broadcast":
                 fact.over += 1
             if pattern.kind == "reindex" and role == "created":
                 fact.repeated = True
@@ -177,6 +186,51 @@ def _gather(recording: Recording, facts: dict[int, _Facts], made: list[tuple[Eve
             _inherit(facts, [axis.atom for axis in axes.found if axis.role == "joined"])
 
 
+_OF_DATA = frozenset({"conv", "softmax", "embedding", "scan"})
+
+
+def _weights(event: Event, pattern: Pattern, mapped: set[int]) -> set[int] | None:
+    """Of a product, the operands that are weights; None where it is no product, or its kind tells.
+
+    What was mapped from parameters alone (queries from learned latents) is data for the next product.
+    """
+    if pattern.kind not in ("linear", "contract"):
+        return None
+    learned = {operand.slot for operand in event.operands if operand.value.static and operand.value.learned}
+    if event.fn == "linear":
+        return learned - {0}
+    if all(operand.value.static for operand in event.operands):
+        return None
+    return {slot for slot in learned if not _depends(event.operands[slot].value, mapped)}
+
+
+def _depends(value: Value, events: set[int]) -> bool:
+    """Whether a value comes out of one of these events, or of what they gave."""
+    pending, seen = [value], set[int]()
+    while pending:
+        event = pending.pop().event
+        if event is not None and id(event) not in seen:
+            if id(event) in events:
+                return True
+            seen.add(id(event))
+            pending += [operand.value for operand in event.operands]
+    return False
+
+
+def _role_of(axis: Any, weights: set[int]) -> str:
+    """The role of an axis in a product, with these weights."""
+    if axis.role not in ("created", "broadcast") or not axis.outs:
+        return axis.role
+    return "created" if axis.ins and {slot for slot, _, _ in axis.ins} & weights else "broadcast"
+
+
+def _place(fact: _Facts, dim: Iterable[Atom], factor: int) -> None:
+    """Where a linear map makes an axis, among others."""
+    count = len(leaves(dim))
+    fact.among = max(fact.among, count)
+    fact.outer |= factor < count - 1
+
+
 def _inherit(facts: dict[int, _Facts], joined: list[Atom]) -> None:
     """The parts of a sum are made by what makes the sum (a fused q, k, v map)."""
     for atom in joined:
@@ -186,7 +240,8 @@ def _inherit(facts: dict[int, _Facts], joined: list[Atom]) -> None:
                 if mine is not None:
                     mine.created = mine.created or whole.created
                     mine.param = mine.param or whole.param
-                    mine.factor |= bool(mine.created) and len(list(leaves(parts))) > 1
+                    if mine.created:
+                        _place(mine, parts, [id(a) for a in leaves(parts)].index(id(leaf)))
                     mine.roles |= {pair for pair in whole.roles if pair[1] == "created"}
 
 
@@ -194,7 +249,7 @@ def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
     has = fact.roles.__contains__
     roles = {role for _, role in fact.roles}
     kinds = {kind for kind, _ in fact.roles}
-    learned = [event for event in fact.contracted if _is_linear(event)]
+    learned = fact.learned
     linear = has(("linear", "created")) or has(("linear", "contracted"))
     if fact.window and not fact.inputs:
         return "window"
@@ -218,13 +273,15 @@ def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
         return "channel"
     if fact.created or learned:
         return _learned_kind(fact, learned, is_output)
-    if has(("contract", "contracted")) and fact.inputs and not fact.twice:
+    if has(("contract", "contracted")) and not fact.twice and any(dim == len(value.shape) - 1 for value, dim in fact.inputs):
         return "head_size"
     if any(0 < dim == len(value.shape) - 1 and value.dtype.startswith(("float", "bfloat")) for value, dim in fact.inputs):
         return "width"
     if any(value.dtype.startswith("int") or dim > 0 for value, dim in fact.inputs):
         return "position"
     if roles & {"ordered", "indexed"} and kinds & {"create", "scan", "embedding"}:
+        return "position"
+    if has(("linear", "broadcast")) and fact.param is not None:  # learned queries, each mapped alike
         return "position"
     return "position" if has(("contract", "contracted")) and fact.param is None else ""
 
@@ -254,23 +311,19 @@ def _learned_kind(fact: _Facts, learned: list[Event], is_output: bool) -> str:
         return "head_size"
     if fact.created and learned and has(("conv", "diagonal")):  # within a block, mixed along positions for each index
         return "hidden"
-    if (fact.repeated or fact.over > 1) and fact.factor and learned:
-        return "group"
-    if paired and fact.factor:
+    if (fact.repeated or fact.over > 1) and fact.outer and learned:
+        return "group" if fact.among > 2 else "head"
+    if paired and fact.among > 1:
         return "head"
     if len(fact.created) > 2 or len(fact.contracted) > 2:
         return "width"
-    if has(("contract", "broadcast")) and learned and (fact.factor or not has(("elementwise", "diagonal"))):
+    if has(("contract", "broadcast")) and learned and (fact.among > 1 or not has(("elementwise", "diagonal"))):
         return "head_size"
     if fact.created and not learned and is_output:
         return "class"
     if fact.created and learned and not fact.inputs:
         return "hidden"
     return "width"
-
-
-def _is_linear(event: Event) -> bool:
-    return any(operand.value.learned and operand.value.static for operand in event.operands)
 
 
 def _group(dims: list[list[Atom]], named: dict[int, Named]) -> None:
