@@ -24,6 +24,7 @@ DIFFERENT = {
     "comprehension_and_zip",  # as many layers as entries: unpacked into so many names
     "sizes_used_as_numbers",  # the number of entries is added as a number
     "sequences_packed",  # the sequences' lengths are numbers
+    "strides_over_more_than_the_array",  # what it reads is not in the circuit
     "relative_shift",  # a reshape across axes is told its sizes as numbers
     "vmap",  # opaque
     "dropout_train", "chance",  # random

@@ -1276,9 +1276,16 @@ def _(self, x):
     return swapped, diagonal, doubled, shifted, x.as_strided((3, 4, 4), (16, 4, 1), 2), x.as_strided((4, 16), (16, 1))
 
 
-@style("strides_of_another_order", x(3, 5, 5))
+@style("strides_of_another_order", x(3, 5, 5), x(5, 4, 5, 6), x(2, 5, 3))
+def _(self, x, y, z):
+    turned = y.permute(2, 0, 3, 1).as_strided((5, 3, 5, 6), (120, 30, 6, 1))
+    return x.transpose(1, 2).as_strided((3, 5, 5), (25, 5, 1)), turned, \
+        z.mT.contiguous().as_strided((2, 2, 5), (15, 5, 1)).softmax(2)
+
+
+@style("strides_over_more_than_the_array", x(3, 5, 4))
 def _(self, x):
-    return x.transpose(1, 2).as_strided((3, 5, 5), (25, 5, 1)), x[1:].as_strided((2, 5), (25, 1))
+    return x[:2].as_strided((3, 5), (20, 1)), x[1:].as_strided((3, 5), (20, 1), 0), x[:, :, 0].as_strided((3, 5), (1, 3))
 
 
 @style("windows_side_by_side", x(2, 3, 8, 6), a=linear(18, 4))

@@ -84,6 +84,10 @@ def _call(event: Event, base: str = "") -> str:
         return base or "$0"
     if name == "setitem":
         return f"$out = $0.clone()\n$out[{_index(event.args[1])}] = {_literal(event.args[2])}"
+    if name == "as_strided":  # of memory in order, which copies that are not said may have put it in
+        if base or event.rule is rules.opaque:
+            raise _CannotSayError
+        base = "$0.contiguous()"
     bare = name[:-1] if rules.in_place(name) else name
     signature = _parameters(event.func)
     if "inplace" in signature:

@@ -240,6 +240,10 @@ class Recorder(TorchFunctionMode):
             function, needed = _BY_SHAPE[name]
             other = (args[1:] or (*kwargs.values(),))[0]
             return self.__torch_function__(function, types, (args[0], needed(other)))
+        if name == "as_strided" and args:  # of memory: the axes in the order in which they lie there
+            order = sorted(range(args[0].dim()), key=lambda dim: -args[0].stride(dim))
+            if order != sorted(order):
+                args = (self.__torch_function__(torch.Tensor.permute, types, (args[0], order)), *args[1:])
         if replacement is not None:
             return self._composite(name, replacement, args, kwargs)
         if name == "device" and self.meta:
@@ -302,7 +306,7 @@ class Recorder(TorchFunctionMode):
         self.recording.values.extend(outs)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if name == "as_strided" and (first is None or not first.is_contiguous() or first.storage_offset()):
-            rule = rules.opaque  # it reads memory, where the axes lie in another order, or elsewhere
+            rule = rules.opaque  # it reads memory that is not all of this array
         event = Event(name, rule, template, named, operands, outs, block, self.nest.source(), func=func)
         self._event(event)
         for number, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):

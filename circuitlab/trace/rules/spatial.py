@@ -288,12 +288,12 @@ def _tiled(
     return outer, inner
 
 
-def as_strided(w: Wires, event: Event, input: Operand, size: Any, stride: Any, storage_offset: int | None = None) -> Pattern:
+def as_strided(w: Wires, event: Event, input: Operand, size: Any, stride: Any, storage_offset: Any = None) -> Pattern:
     """Any way to read the memory of an array that lies there in the order of its axes.
 
     An axis passes if one of the result steps through it from end to end, and all others, together, never do.
     """
-    start = storage_offset or 0
+    start, size = storage_offset or 0, event.outs[0].shape  # as it came out: the call may have numbers in tensors
     steps = [(step, count) for step, count in zip(stride, size, strict=True) if count > 1]
     if start + sum(step * (count - 1) for step, count in steps) >= prod(input.shape):
         raise NoRuleError  # beyond the array
