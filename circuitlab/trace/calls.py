@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import types
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from circuitlab.trace import rules
-from circuitlab.trace.events import Event, Operand
+from circuitlab.trace.events import Event, Operand, Value
 
 _SPACES = {
     "torch": torch, "F": torch.nn.functional, "torch.linalg": torch.linalg, "torch.special": torch.special,
@@ -53,6 +55,8 @@ class _Size(str):
 def call_text(event: Event) -> str:
     """The text of a call, "" where it cannot be written."""
     try:
+        if event.levels:
+            return _mapped(event)
         if event.rule is rules.leave:
             return _left(event)
         if event.fn == "write":
@@ -63,6 +67,34 @@ def call_text(event: Event) -> str:
         return f"{text}[0]" if event.packed and len(event.outs) == 1 else text
     except _CannotSayError:
         return ""
+
+
+def _mapped(event: Event) -> str:
+    """The call under ``vmap``, mapped again over what it hides an axis for."""
+    ins, outs = [operand.levels for operand in event.operands], event.levels
+    seen = replace(event, levels=(), outs=[
+        Value(out.name, out.shape[len(levels) :], out.dtype, out.kind) for out, levels in zip(event.outs, outs, strict=True)
+    ])
+    text = call_text(seen)
+    levels = {level for each in ins for level in each}
+    if text == "$0" and outs == (ins[0],):
+        return text
+    if not text or "\n" in text or any(set(each) != levels for each in outs) or event.rule is rules.pointwise.random:
+        return ""
+    if event.rule is rules.pointwise.pointwise and all(
+        operand.levels in ((), outs[0]) and (not operand.levels or operand.ndim == len(seen.outs[0].shape))
+        for operand in event.operands
+    ):
+        return text  # entry by entry, and broadcasting finds the axes
+    names = [chr(ord("a") + n) if n < 26 else f"a{n}" for n in range(len(ins))]
+    inner = re.sub(r"\$(\d+)", lambda found: names[int(found[1])], text.replace("$$", "\0"))
+    inner = re.sub(r"\$\[(\d+):(\d+)\]", lambda found: f"$[{found[1]}:{int(found[2]) + len(outs[int(found[1])])}]", inner)
+    function = f"lambda {', '.join(names)}: {inner}".replace("\0", "$$")
+    for level in sorted(levels, reverse=True):
+        said = ", ".join("0" if level in each else "None" for each in ins)
+        in_dims = f", in_dims=({said}{',' if len(ins) == 1 else ''})" if "None" in said else ""
+        function = f"torch.vmap({function}{in_dims})"
+    return f"{function}({', '.join(f'${n}' for n in range(len(ins)))})"
 
 
 def _left(event: Event) -> str:

@@ -39,28 +39,32 @@ class Value:
 
 
 class Operand:
-    """A value at its place among an event's operands: what rules get for a tensor argument."""
+    """A value at its place among an event's operands: what rules get for a tensor argument.
 
-    __slots__ = ("slot", "value")
+    Under ``vmap`` some axes of the value, the first ones, are hidden from the function; ``levels`` says of which.
+    """
 
-    def __init__(self, slot: int, value: Value) -> None:
+    __slots__ = ("levels", "slot", "value")
+
+    def __init__(self, slot: int, value: Value, levels: tuple[int, ...] = ()) -> None:
         self.slot = slot
         self.value = value
+        self.levels = levels
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes."""
-        return self.value.shape
+        return self.value.shape[len(self.levels) :]
 
     @property
     def ndim(self) -> int:
         """Number of dimensions."""
-        return len(self.value.shape)
+        return len(self.value.shape) - len(self.levels)
 
     @property
     def dims(self) -> list[Dim]:
         """Atoms of each dimension."""
-        return self.value.dims
+        return self.value.dims[len(self.levels) :]
 
 
 @dataclass(eq=False, slots=True)
@@ -69,7 +73,8 @@ class Event:
 
     ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood; ``func`` is what was called, None
     where it is not a function of torch's; ``packed`` says that it gave its results in a tuple; ``probed`` are the axes
-    that `circuitlab.trace.probe` found of an op without a rule.
+    that `circuitlab.trace.probe` found of an op without a rule. ``levels`` are, for each result, those that it hides an
+    axis for, as `Operand` has them; () where the call was not under ``vmap``.
     """
 
     fn: str
@@ -84,6 +89,7 @@ class Event:
     func: Any = None
     packed: bool = False
     probed: tuple[Any, ...] = ()
+    levels: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(eq=False)

@@ -20,6 +20,7 @@ import torch
 from circuitlab.trace import rules
 from circuitlab.trace.claims import cloned, difference, draw_index, mapped
 from circuitlab.trace.events import Event, tensors_in
+from circuitlab.trace.transforms import Mapped
 from circuitlab.trace.watch import Recorder
 
 _LARGE = 1 << 18
@@ -81,6 +82,7 @@ def probe(func: Any, name: str, call: Call, results: list[torch.Tensor]) -> tupl
 
 def _harmless(func: Any, name: str, call: Call) -> bool:
     """Whether a function may be called again: by what it declares, it writes to nothing and talks to nobody."""
+    func = func.func if isinstance(func, Mapped) else func
     schema = getattr(func, "_schema", None)
     packet = [getattr(func, overload)._schema for overload in func.overloads()] if hasattr(func, "overloads") else []
     if any(each.is_mutable for each in (schema, *packet) if each is not None) or "c10d" in str(func):

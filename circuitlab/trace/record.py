@@ -10,7 +10,7 @@ import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, TraceError
-from circuitlab.trace import nest
+from circuitlab.trace import nest, transforms
 from circuitlab.trace.build import build
 from circuitlab.trace.events import tensors_in
 from circuitlab.trace.guard import copy_model, forget, no_collection, random_state
@@ -68,17 +68,20 @@ def trace(
                 ) from error
             reason = f"{type(error).__name__}: {error}"
     state = [*model.parameters(), *model.buffers(), *tensors]
-    if any(tensor.is_meta for tensor in state):
-        raise TraceError(
-            f"{type(model).__name__} holds meta tensors, which have no values, and its forward needs values "
-            f"({reason}); give the module its weights with model.to_empty(device='cpu') or load them, then trace again"
-        )
+    missing = TraceError(
+        f"{type(model).__name__} holds meta tensors, which have no values, and its forward needs values "
+        f"({reason}); give the module its weights with model.to_empty(device='cpu') or load them, then trace again"
+    )
+    if state and all(tensor.is_meta for tensor in state):
+        raise missing
     try:
         recorder, _ = record(model, args, kwargs, meta=False)
         with no_collection():
             circuit = build(recorder.recording, model, names)
         return _probed(circuit, model, args, kwargs, names) if circuit.opaque else circuit
     except RunError as failure:
+        if any(tensor.is_meta for tensor in state):
+            raise missing from failure.cause
         raise failure.to_user(model, "", names) from failure.cause
 
 
@@ -207,7 +210,7 @@ def record(
         torch.nn.modules.module.register_module_forward_hook(recorder.module_ends, always_call=True),
     )
     try:
-        with random_state(), torch.no_grad(), recorder:
+        with random_state(), transforms.announced(), torch.no_grad(), recorder:
             output = copied(*args, **kwargs)
     except Exception as error:
         failure = recorder.failure

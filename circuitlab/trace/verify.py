@@ -16,6 +16,7 @@ import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, VerificationError
+from circuitlab.trace import transforms
 from circuitlab.trace.claims import (
     Claim,
     Results,
@@ -84,7 +85,9 @@ def verify(circuit: Circuit, model: torch.nn.Module, *args: Any, seed: int = 0, 
         VerificationError: the module holds no values, does not run, or is another module or input shape than the
             circuit was traced from.
     """
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+    used = {tensor.name for tensor in circuit.tensors}
+    state = (*model.named_parameters(), *model.named_buffers())
+    if any(tensor.is_meta for name, tensor in state if name in used):
         raise VerificationError("the module is on the meta device, where there are no numbers to test with; give it "
                                 "weights, e.g. model.to_empty(device='cpu'), and verify again")
     with random_state():
@@ -170,7 +173,11 @@ class _Calm(Recorder):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             made = func(*args, **kwargs)
-        return None, made.fill_(made.flatten()[0]) if made.numel() else made
+        if not made.numel():
+            return None, made
+        with transforms.outside():
+            first = transforms.whole(made).flatten()[0]
+        return None, made.fill_(first)
 
 
 def _permutations(

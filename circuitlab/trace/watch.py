@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from circuitlab.trace import compose, nest, rules
+from circuitlab.trace import compose, nest, rules, transforms
 from circuitlab.trace.calls import writes
 from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
 from circuitlab.trace.guard import to_meta
@@ -60,10 +60,10 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 class _Entry:
-    """What is known of one live tensor object: its value now, what it is a view of, and on meta, where it depends on
-    no input and no parameter, its numbers."""
+    """What is known of one live tensor object: its value now, what it is a view of (with no view: the same array), and
+    on meta, where it depends on no input and no parameter, its numbers; and levels, see `circuitlab.trace.transforms`."""
 
-    __slots__ = ("number", "parent", "real", "ref", "seen", "value", "version", "view")
+    __slots__ = ("levels", "number", "parent", "real", "ref", "seen", "value", "version", "view")
 
     def __init__(self, ref: Any, value: Value) -> None:
         self.ref = ref
@@ -74,6 +74,7 @@ class _Entry:
         self.number = 0
         self.seen = 0
         self.real: torch.Tensor | None = None
+        self.levels: transforms.Levels = ()
 
 
 class Recorder(TorchFunctionMode):
@@ -115,7 +116,7 @@ class Recorder(TorchFunctionMode):
 
     def add(self, tensor: torch.Tensor, name: str, kind: str) -> Value:
         """A new value that this tensor object holds from now on."""
-        value = Value(name, tuple(tensor.shape), str(tensor.dtype)[6:], kind)
+        value = Value(name, transforms.shape_of(tensor), str(tensor.dtype)[6:], kind)
         self.recording.values.append(value)
         self._bind(tensor, value)
         return value
@@ -137,13 +138,16 @@ class Recorder(TorchFunctionMode):
         entry = self.entries.get(id(tensor))
         if entry is None or entry.ref() is not tensor:
             name, kind = self.state.get(id(tensor), ("", ""))
-            if not kind and id(tensor) in self.constants:
+            inner = transforms.inner_of(tensor)
+            if inner is not None:
+                self._wrapped(tensor, *inner)
+            elif not kind and id(tensor) in self.constants:
                 name, kind = self.constants[id(tensor)], "constant"
             elif not kind and self.meta and id(tensor) in self.outside:
                 name, kind = "constant", "constant"  # it was there with numbers, and the inputs have none
             if kind:
                 self.add(tensor, self._name(name), kind)
-            else:
+            elif inner is None:
                 self._untracked(tensor)
             entry = self.entries[id(tensor)]
         self._refresh(entry)
@@ -163,6 +167,36 @@ class Recorder(TorchFunctionMode):
         block = self.nest.here(sys._getframe(1))
         value = self.add(tensor, "", "value")
         self._event(Event("untracked", rules.opaque, (), {}, [], [value], block, self.nest.source()))
+
+    def _wrapped(self, tensor: torch.Tensor, inner: torch.Tensor, dim: int | None, level: int) -> None:
+        """A tensor that a transform has wrapped: the same array, with a hidden axis moved to the front."""
+        source = self.entry(inner)
+        levels = source.levels if dim is None else (*source.levels, level)
+        self.moved(source, source.levels, tensor, levels, dim or 0, 0)
+
+    def moved(
+        self, source: _Entry, seen: transforms.Levels, made: torch.Tensor, levels: transforms.Levels, start: int, target: int
+    ) -> None:
+        """A tensor is another one, with one axis moved: of those that it has when it hides some, as seen there."""
+        value, event = source.value, None
+        if start != target:
+            shape = list(value.shape)
+            shape.insert(len(seen) + target, shape.pop(len(seen) + start))
+            operand, value = Operand(0, value, seen), Value("", tuple(shape), value.dtype, "value")
+            self.recording.values.append(value)
+            event = Event("movedim", rules.TABLE["movedim"], (operand, start, target), {}, [operand], [value],
+                          self.nest.here(sys._getframe(1)), self.nest.source(), func=torch.movedim,
+                          levels=(seen,) if seen else ())
+            self._event(event)
+        entry = self._bind(made, value)
+        entry.parent, entry.view, entry.seen, entry.levels = source, event, source.version, levels
+        if source.real is not None:
+            entry.real = source.real.movedim(len(seen) + start, len(seen) + target)
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor object was seen before, or is the module's."""
+        entry = self.entries.get(id(tensor))
+        return (entry is not None and entry.ref() is tensor) or id(tensor) in self.state or id(tensor) in self.constants
 
     def _event(self, event: Event) -> None:
         count = event.block.counts[event.fn] = event.block.counts.get(event.fn, 0) + 1
@@ -184,26 +218,30 @@ class Recorder(TorchFunctionMode):
     def _refresh(self, entry: _Entry) -> None:
         """Read a view anew if what it is a view of was written to since."""
         parent, view = entry.parent, entry.view
-        if parent is None or view is None:
+        if parent is None:
             return
         self._refresh(parent)
         if entry.seen == parent.version:
             return
-        entry.view = self._replay(view, parent.value)
-        entry.value = entry.view.outs[entry.number]
+        if view is None:
+            entry.value = parent.value
+        else:
+            entry.view = self._replay(view, parent.value)
+            entry.value = entry.view.outs[entry.number]
         entry.real = None
         entry.seen = parent.version
         entry.version += 1
 
     def _replay(self, view: Event, base: Value) -> Event:
         """The same view of another value."""
-        swap = {operand.slot: Operand(operand.slot, operand.value) for operand in view.operands}
-        swap[0] = Operand(0, base)
+        swap = {operand.slot: Operand(operand.slot, operand.value, operand.levels) for operand in view.operands}
+        swap[0] = Operand(0, base, swap[0].levels)
         args, kwargs = _swap(view.args, swap), _swap(view.kwargs, swap)
         outs = [Value("", out.shape, out.dtype, "value") for out in view.outs]
         self.recording.values.extend(outs)
         operands = [swap[slot] for slot in sorted(swap)]
-        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source, func=view.func, packed=view.packed)
+        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source, func=view.func, packed=view.packed,
+                      levels=view.levels)
         self._event(event)
         return event
 
@@ -213,12 +251,17 @@ class Recorder(TorchFunctionMode):
         parent = entry.parent
         if parent is None:
             return
-        out = Value("", parent.value.shape, parent.value.dtype, "value")
-        self.recording.values.append(out)
-        operands = [Operand(0, parent.value), Operand(1, entry.value)]
-        args = (entry.view, *operands)
-        number = {"number": entry.number}
-        self._event(Event("write", rules.write, args, number, operands, [out], block, self.nest.source()))
+        out = entry.value
+        if entry.view is not None:
+            out = Value("", parent.value.shape, parent.value.dtype, "value")
+            self.recording.values.append(out)
+            levels = entry.view.levels[entry.number : entry.number + 1]
+            operands = [Operand(0, parent.value, entry.view.operands[0].levels), Operand(1, entry.value, *levels)]
+            args = (entry.view, *operands)
+            number = {"number": entry.number}
+            event = Event("write", rules.write, args, number, operands, [out], block, self.nest.source())
+            event.levels = (operands[0].levels,) if levels else ()
+            self._event(event)
         parent.value = out
         parent.real = None
         self._written(parent, block)
@@ -230,6 +273,8 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if type(func) is transforms.Told:
+            return transforms.left(self, args) if func.__name__ == transforms.LEAVES else transforms.box(self, func, args, kwargs)
         plan = _plans.get(func)
         if plan is None:
             plan = _plans[func] = _plan(func)
@@ -256,8 +301,9 @@ class Recorder(TorchFunctionMode):
         named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else {}
         real: list[torch.Tensor] | None = None
         before: Any = None
+        under = transforms.running() and any(operand.levels for operand in operands)
         if self.meta:
-            result, real = self._on_meta(name, func, args, kwargs)
+            result, real = self._on_meta(name, func, args, kwargs, operands if under else None)
         else:
             before, result = self.call(name, func, args, kwargs)
         if name == "setitem":
@@ -279,10 +325,14 @@ class Recorder(TorchFunctionMode):
             return result
         event = self._record(func, name, rule, template, named, operands, args, kwargs, tensors)
         event.packed = not plain and name != "setitem"
-        self.after(event, func, before, tensors)
+        if transforms.running():
+            with transforms.outside():
+                self.after(event, transforms.mapped_of(event) if event.levels else func, *transforms.wholes((before, tensors)))
+        else:
+            self.after(event, func, before, tensors)
         if real is not None and len(real) == len(tensors):
-            for tensor, number in zip(tensors, real, strict=True):
-                self.entries[id(tensor)].real = number if number.shape == tensor.shape else None
+            for tensor, out, number in zip(tensors, event.outs, real, strict=True):
+                self.entries[id(tensor)].real = number if number.shape == out.shape else None
         return result if name != "setitem" else None
 
     def _record(
@@ -298,9 +348,15 @@ class Recorder(TorchFunctionMode):
         tensors: list[torch.Tensor],
     ) -> Event:
         block = self.nest.here(sys._getframe(2))
-        outs = [Value("", tuple(tensor.shape), _dtype(tensor.dtype), "value") for tensor in tensors]
+        running = transforms.running()
+        shapes = [transforms.shape_of(tensor) if running else tuple(tensor.shape) for tensor in tensors]
+        outs = [Value("", shape, _dtype(tensor.dtype), "value") for shape, tensor in zip(shapes, tensors, strict=True)]
         self.recording.values.extend(outs)
         event = Event(name, rule, template, named, operands, outs, block, self.nest.source(), func=func)
+        if running:
+            levels = tuple(transforms.levels_of(tensor) for tensor in tensors)
+            under = any(levels) or any(operand.levels for operand in operands)
+            event.levels = levels if under else ()
         self._event(event)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         for number, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
@@ -313,6 +369,7 @@ class Recorder(TorchFunctionMode):
                     self._written(known, block)
                 continue
             entry = self._bind(tensor, out)
+            entry.levels = event.levels[number] if event.levels else ()
             if first is not None and name in _VIEWS and _same_memory(tensor, first):
                 entry.parent = self.entries.get(id(first))
                 entry.view = event
@@ -349,7 +406,8 @@ class Recorder(TorchFunctionMode):
     def _template(self, value: Any, operands: list[Operand]) -> Any:
         """The same structure with an `Operand` for each tensor."""
         if isinstance(value, torch.Tensor):
-            operand = Operand(len(operands), self.entry(value).value)
+            entry = self.entry(value)
+            operand = Operand(len(operands), entry.value, entry.levels)
             operands.append(operand)
             return operand
         if type(value) in (tuple, list, torch.Size):
@@ -372,13 +430,19 @@ class Recorder(TorchFunctionMode):
             args = tuple("meta" if isinstance(a, torch.device) or _is_device(a) else a for a in args)
         return args, kwargs
 
-    def _on_meta(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor] | None]:
+    def _on_meta(
+        self, name: str, func: Any, args: Any, kwargs: Any, under: list[Operand] | None
+    ) -> tuple[Any, list[torch.Tensor] | None]:
         """The call on meta tensors, and its numbers where it depends on no input and no parameter.
 
         Control flow over positions, masks and the like needs such numbers; they are small, and computed on the CPU.
+        ``under`` are the operands of a call under ``vmap``.
         """
         numbers = self._numbers(name, args, kwargs)
-        known = quick(name, args, kwargs)
+        if under is not None:
+            result = func(*args, **kwargs)
+            return result, None if numbers is None else transforms.numbers(func, under, numbers, args[0] if result is None else result)
+        known = None if transforms.running() else quick(name, args, kwargs)
         if numbers is None:
             return func(*args, **kwargs) if known is None else known, None
         try:
@@ -437,7 +501,7 @@ class Recorder(TorchFunctionMode):
             twin = to_meta(tensor)
             known = self.twins[id(tensor)] = (tensor, twin)
             self.outside.add(id(twin))
-            if tensor.numel() <= LARGE and tensor.device.type == "cpu":
+            if tensor.numel() <= LARGE and tensor.device.type == "cpu" and transforms.inner_of(tensor) is None:
                 self.real[id(twin)] = tensor
             if id(tensor) in self.entries:
                 self._bind(twin, self.entries[id(tensor)].value)
@@ -493,7 +557,7 @@ def _plan(func: Any) -> tuple[str, Any, Callable[..., Any] | None]:
     if replacement is not None:
         return name, None, replacement
     rule = rules.lookup(func, name)
-    if rule is rules.opaque:
+    if rule is rules.opaque and func is not torch.autograd.grad:  # of which the body says nothing
         entered = _entered(func)
         if entered is not None:
             return name, None, entered
@@ -522,6 +586,7 @@ def _has_array(value: Any) -> bool:
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     try:
+        a, b = transforms.bare(a), transforms.bare(b)
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return False

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules import algebra, contract, index, pointwise, shape, spatial
+from circuitlab.trace.rules import algebra, contract, index, lift, pointwise, shape, spatial
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -232,6 +232,8 @@ def lookup(func: Any, name: str) -> Rule:
 
 def apply(w: Wires, event: Event) -> Pattern:
     """The pattern of an event; the opaque one where its rule does not cover it or does not fit the shapes."""
+    if event.levels:
+        return lift.apply(w, event, apply)
     mark = w.mark()
     try:
         kwargs = {_KEYWORDS.get(key, key): value for key, value in event.kwargs.items()}
