@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -210,7 +211,9 @@ def record(
         torch.nn.modules.module.register_module_forward_hook(recorder.module_ends, always_call=True),
     )
     try:
-        with random_state(), transforms.announced(), torch.no_grad(), recorder:
+        with random_state(), transforms.announced(), warnings.catch_warnings(), torch.no_grad(), recorder:
+            # the hooks are ours, and gone after the run
+            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
             output = copied(*args, **kwargs)
     except Exception as error:
         failure = recorder.failure

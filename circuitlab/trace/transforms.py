@@ -8,9 +8,10 @@ mapped axis, by the definition of ``vmap``, so that its rule is asked about the 
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +32,16 @@ Levels = tuple[int, ...]
 """Numbers of the running ``vmap``s that an array hides an axis for, the outermost first."""
 
 LEAVES = "_remove_batch_dim"
-_PATCHED = {
+_PATCHED: dict[tuple[str, str], str | bool] = {
     ("torch._functorch.vmap", LEAVES): LEAVES,
     ("torch._functorch.eager_transforms", "grad_impl"): "grad",
     ("torch._functorch.eager_transforms", "grad_and_value_impl"): "grad_and_value",
     ("torch._functorch.eager_transforms", "_vjp_with_argnums"): "vjp",
     ("torch._functorch.eager_transforms", "_jvp_with_argnums"): "jvp",
+    ("torch.nn.attention.flex_attention", "flex_attention_hop"): "flex_attention",
+    ("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"): True,
 }
-"""Functions that torch does not tell function modes of -> the name of their event."""
+"""Functions that torch does not tell function modes of -> the name of their event; and a switch to get at one."""
 
 
 def running() -> bool:
@@ -157,9 +160,11 @@ def announced() -> Iterator[None]:
             place = importlib.import_module(module)
             if hasattr(place, name):  # not part of torch's promises: where it is missing, its results are of unknown origin
                 _put[module, name] = getattr(place, name)
-                setattr(place, name, Told(_put[module, name], title))
+                setattr(place, name, title if isinstance(title, bool) else Told(_put[module, name], title))
     try:
-        yield
+        # what torch.compile has made runs the Python code it was made of
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
     finally:
         with _lock:
             _users -= 1
@@ -225,15 +230,19 @@ class Listener(TorchFunctionMode):
         given = [tensor for _, tensor in tensors_in((args, kwargs), torch.Tensor)]
         for tensor in given:
             self._see(tensor)
-        if type(func) is Told:
-            with self:
-                result = func.function(*args, **kwargs)
-        else:
-            result = func(*args, **kwargs)
+        result = (self.heard(func.function) if type(func) is Told else func)(*args, **kwargs)
         made = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         self.directly |= {id(tensor) for tensor in given} if made else set()
         self.made |= {id(tensor): tensor for tensor in made if id(tensor) not in self.read}
         return result
+
+    def heard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, listened to."""
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return call
 
     def _see(self, tensor: torch.Tensor) -> None:
         if id(tensor) in self.made:
@@ -279,8 +288,7 @@ def box(recorder: Recorder, func: Told, args: Any, kwargs: Any) -> Any:
     template, named = recorder._template((args, kwargs), operands)
     listener = Listener(recorder.is_known, recorder._metaise if recorder.meta else lambda _, *call: call)
     drawn = torch.get_rng_state()
-    with listener:
-        before, result = recorder.call(name, func.function, args, kwargs)
+    before, result = recorder.call(name, listener.heard(func.function), args, kwargs)
     tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
     if not tensors:
         return result
@@ -296,7 +304,7 @@ def box(recorder: Recorder, func: Told, args: Any, kwargs: Any) -> Any:
     if not recorder.meta:
         # to run it again on other numbers, it must read them where they are put
         again = not written and not any(o.levels for o in operands[explicit:]) and torch.equal(drawn, torch.get_rng_state())
-        again = again and not any(id(tensor) in listener.directly for tensor in given)
+        again = again and (bool(func.closed) or not any(id(tensor) in listener.directly for tensor in given))
         with outside():
             function = mapped_of(event, operands[:explicit]) if event.levels else func
             recorder.after(event, function if again else _not_again, *wholes((before, tensors)))

@@ -274,6 +274,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if type(func) is transforms.Told:
+            if func.__name__ in compose.REPLACEMENTS:
+                return self._composite(func.__name__, compose.REPLACEMENTS[func.__name__], args, kwargs)
             return transforms.left(self, args) if func.__name__ == transforms.LEAVES else transforms.box(self, func, args, kwargs)
         plan = _plans.get(func)
         if plan is None:

@@ -142,6 +142,7 @@ _NAMES: dict[Rule, str] = {
     spatial.unfold: "unfold",
     spatial.fold: "fold",
     index.getitem: "getitem",
+    index.indexed: "index",
     index.setitem: "setitem",
     index.embedding: "embedding",
     index.embedding_bag: "embedding_bag",
