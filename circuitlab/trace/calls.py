@@ -80,7 +80,7 @@ def _mapped(event: Event) -> str:
     levels = {level for each in ins for level in each}
     if text == "$0" and outs == (ins[0],):
         return text
-    if not text or "\n" in text or any(set(each) != levels for each in outs) or event.rule is rules.pointwise.random:
+    if not text or any(set(each) != levels for each in outs) or event.rule is rules.pointwise.random:
         return ""
     if event.rule is rules.index.indexed and not ins[0] and not any(operand.ndim for operand in event.operands[1:]):
         return f"$0[{', '.join(f'${o.slot}{_place(o, outs[0], 0)}' for o in event.operands[1:])}]"
@@ -90,12 +90,15 @@ def _mapped(event: Event) -> str:
     names = [chr(ord("a") + n) if n < 26 else f"a{n}" for n in range(len(ins))]
     inner = re.sub(r"\$(\d+)", lambda found: names[int(found[1])], text.replace("$$", "\0"))
     inner = re.sub(r"\$\[(\d+):(\d+)\]", lambda found: f"$[{found[1]}:{int(found[2]) + len(outs[int(found[1])])}]", inner)
-    function = f"lambda {', '.join(names)}: {inner}".replace("\0", "$$")
+    rows = inner.replace("$out", "out").split("\n")
+    function, before = f"lambda {', '.join(names)}: {inner}", ""
+    if len(rows) > 1:
+        function, before = "each", "\n    ".join([f"def each({', '.join(names)}):", *rows, "return out"]) + "\n$out = "
     for level in sorted(levels, reverse=True):
         said = ", ".join("0" if level in each else "None" for each in ins)
         in_dims = f", in_dims=({said}{',' if len(ins) == 1 else ''})" if "None" in said else ""
         function = f"torch.vmap({function}{in_dims})"
-    return f"{function}({', '.join(f'${n}' for n in range(len(ins)))})"
+    return f"{before}{function}({', '.join(f'${n}' for n in range(len(ins)))})".replace("\0", "$$")
 
 
 def _place(operand: Operand, levels: tuple[int, ...], ndim: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def flex_attention(
         with _Looked():
             scores = each(scores, *places)
         scores = scores.unflatten(1, rows.shape[1:3]) if grouped else scores
-    weights = _cast(torch._safe_softmax(scores, dim=-1), dtype)
+    weights = _cast(torch._safe_softmax(scores, dim=-1), dtype)  # pyright: ignore[reportPrivateImportUsage]
     out = torch.matmul(weights, _cast(value.unsqueeze(2) if grouped else value, dtype))
     stats = scores.logsumexp(dim=-1) / math.log(2), scores.amax(dim=-1) / math.log(2)
     if grouped:
@@ -107,6 +108,13 @@ def flex_attention(
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def before_relu(func: Any, name: str) -> Callable[..., Any] | None:
+    """Of an op of ``torch.ops.quantized`` with a fused relu, the two in turn; None of others."""
+    single = re.sub("(?<!leaky)_relu", "", name)
+    inner = getattr(torch.ops.quantized, single, None) if str(func).startswith("quantized.") and single != name else None
+    return None if inner is None else lambda *args, **kwargs: torch.relu(inner(*args, **kwargs))
 
 
 REPLACEMENTS: dict[str, Callable[..., Any]] = {

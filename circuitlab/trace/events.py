@@ -21,9 +21,10 @@ class Value:
         event: the event that made it, None for the first four kinds.
         gone: number of events when the array was let go; -1 if it was not, or nobody knows.
         read: an event or the caller gets it. Known once the run is over.
+        odd: its class, where it is no plain array.
     """
 
-    __slots__ = ("dims", "dtype", "event", "gone", "kind", "learned", "name", "read", "shape", "static")
+    __slots__ = ("dims", "dtype", "event", "gone", "kind", "learned", "name", "odd", "read", "shape", "static")
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> None:
         self.name = name
@@ -36,6 +37,7 @@ class Value:
         self.event: Event | None = None
         self.gone = -1
         self.read = False
+        self.odd = ""
 
 
 class Operand:
@@ -65,6 +67,19 @@ class Operand:
     def dims(self) -> list[Dim]:
         """Atoms of each dimension."""
         return self.value.dims[len(self.levels) :]
+
+
+class Packed(Operand):
+    """A weight in an object of torch's own, packed for a kernel: its axes are known, and it stands after the tensors.
+
+    ``options`` are what is packed with it: whether there is a bias, strides and the like.
+    """
+
+    __slots__ = ("options",)
+
+    def __init__(self, slot: int, value: Value, options: dict[str, Any]) -> None:
+        super().__init__(slot, value)
+        self.options = options
 
 
 @dataclass(eq=False, slots=True)

@@ -201,6 +201,11 @@ def record(
         for key, value in vars(module).items()
         if key[:1] != "_" and not isinstance(value, torch.nn.Module) and not callable(value)
         for key, tensor in tensors_in(value, torch.Tensor, key)
+    } | {
+        id(value): f"{path}.{key}" if path else key
+        for path, module in copied.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.ScriptObject)
     }
     real = {key: t for key, t in originals.items() if not t.is_meta and t.numel() <= LARGE and t.device.type == "cpu"}
     recorder = (recorder_class or Recorder)(copied, meta=meta, device=device, constants=constants, real=real)

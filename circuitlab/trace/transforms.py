@@ -147,16 +147,16 @@ class Mapped:
 
 _lock = threading.Lock()
 _put: dict[tuple[str, str], Any] = {}
-_users = 0
+_users: set[object] = set()
 
 
 @contextmanager
 def announced() -> Iterator[None]:
     """While active, function modes are told of what torch does not tell them of. Others see no difference."""
-    global _users
+    me = object()
     with _lock:
-        _users += 1
-        for (module, name), title in _PATCHED.items() if _users == 1 else ():
+        _users.add(me)
+        for (module, name), title in _PATCHED.items() if len(_users) == 1 else ():
             place = importlib.import_module(module)
             if hasattr(place, name):  # not part of torch's promises: where it is missing, its results are of unknown origin
                 _put[module, name] = getattr(place, name)
@@ -167,7 +167,7 @@ def announced() -> Iterator[None]:
             yield
     finally:
         with _lock:
-            _users -= 1
+            _users.remove(me)
             while _put and not _users:
                 (module, name), function = _put.popitem()
                 setattr(importlib.import_module(module), name, function)
@@ -230,7 +230,8 @@ class Listener(TorchFunctionMode):
         given = [tensor for _, tensor in tensors_in((args, kwargs), torch.Tensor)]
         for tensor in given:
             self._see(tensor)
-        result = (self.heard(func.function) if type(func) is Told else func)(*args, **kwargs)
+        function: Callable[..., Any] = self.heard(func.function) if type(func) is Told else func
+        result = function(*args, **kwargs)
         made = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         self.directly |= {id(tensor) for tensor in given} if made else set()
         self.made |= {id(tensor): tensor for tensor in made if id(tensor) not in self.read}
@@ -268,12 +269,10 @@ def left(recorder: Recorder, args: Any) -> torch.Tensor:
     if recorder.meta:
         tensor = recorder._twin(tensor)
     entry = recorder.entry(tensor)
-    if level not in entry.levels:  # it is the same for all, and repeated
-        target %= tensor.dim() + 1
-        shape = [*tensor.shape[:target], size, *tensor.shape[target:]]
-        with recorder:
-            return tensor.unsqueeze(target).expand(shape)
     made = _C._remove_batch_dim(tensor, level, size, target)
+    if level not in entry.levels:  # it is the same for all, and repeated
+        with recorder:
+            return tensor.expand(made.shape)
     recorder.moved(entry, entry.levels[:-1], made, entry.levels[:-1], 0, target % made.dim())
     return made
 
@@ -285,7 +284,8 @@ def box(recorder: Recorder, func: Told, args: Any, kwargs: Any) -> Any:
         args, kwargs = recorder._metaise(name, args, kwargs)
     given = [tensor for _, tensor in tensors_in((args, kwargs), torch.Tensor)]
     operands: list[Operand] = []
-    template, named = recorder._template((args, kwargs), operands)
+    template: tuple[Any, ...] = recorder._template(tuple(args), operands)
+    named: dict[str, Any] = recorder._template(dict(kwargs), operands)
     listener = Listener(recorder.is_known, recorder._metaise if recorder.meta else lambda _, *call: call)
     drawn = torch.get_rng_state()
     before, result = recorder.call(name, listener.heard(func.function), args, kwargs)
@@ -309,6 +309,6 @@ def box(recorder: Recorder, func: Told, args: Any, kwargs: Any) -> Any:
             function = mapped_of(event, operands[:explicit]) if event.levels else func
             recorder.after(event, function if again else _not_again, *wholes((before, tensors)))
     if name == "vjp" and len(result) > 1 and callable(result[1]):
-        pull = Told(result[1], name, tuple([*given, *closed]))
+        pull = Told(result[1], name, (*given, *closed))
         return (result[0], pull, *result[2:])
     return result

@@ -111,7 +111,10 @@ class _Tester(Recorder):
     generator: torch.Generator
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        before = cloned((tuple(args), {key: item for key, item in kwargs.items() if key != "out"}))
+        try:
+            before = cloned((tuple(args), {key: item for key, item in kwargs.items() if key != "out"}))
+        except RuntimeError:  # arrays of a kind that cannot be copied
+            before = None
         return before, func(*args, **kwargs)
 
     def after(self, event: Event, func: Any, before: Any, results: list[torch.Tensor]) -> None:
@@ -126,7 +129,13 @@ class _Tester(Recorder):
                 f"the op {op.name!r} ({op.source}) made {[out.shape for out in event.outs]}, and the circuit says "
                 f"{[self.circuit.tensor(n).shape for n in op.outputs]}: verify with inputs of the shapes that were traced"
             )
-        copies = [tensor.detach().clone() for tensor in results]
+        try:
+            copies = [tensor.detach().clone() for tensor in results]
+        except RuntimeError:
+            copies = None
+        if before is None or copies is None:
+            self.results.untestable.append(Claim("shape", op.name, source=op.source, why="its arrays cannot be copied"))
+            return
         with torch.random.fork_rng(devices=[]):  # so that the module draws what it drew when it was traced
             test_op(self.circuit, op, func, before, copies, self.results, self.generator)
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from circuitlab.trace import compose, nest, rules, transforms
+from circuitlab.trace import compose, nest, packed, rules, transforms
 from circuitlab.trace.calls import writes
-from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
+from circuitlab.trace.events import Event, Operand, Packed, Recording, Value, tensors_in
 from circuitlab.trace.guard import to_meta
 from circuitlab.trace.shapes import quick
 
@@ -51,6 +51,7 @@ LARGE = 1 << 20
 _LEAVING = frozenset("item tolist bool float int index complex numpy array equal allclose is_nonzero".split())
 """Functions that give numbers to Python, where we cannot follow them."""
 
+_PLAIN = getattr(torch.Tensor, "__torch_dispatch__", None)
 _KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
 
 
@@ -103,6 +104,7 @@ class Recorder(TorchFunctionMode):
         self.outside: set[int] = set()  # twins of tensors that were there before
         self.foreign: set[int] = set()  # tensors from where we cannot see
         self.constants = constants
+        self.packs: dict[int, tuple[torch.ScriptObject, Packed | None]] = {}
         self.state: dict[int, tuple[str, str]] = {}
         for kind, named in (("buffer", root.named_buffers()), ("parameter", root.named_parameters())):
             for name, tensor in named:
@@ -117,6 +119,7 @@ class Recorder(TorchFunctionMode):
     def add(self, tensor: torch.Tensor, name: str, kind: str) -> Value:
         """A new value that this tensor object holds from now on."""
         value = Value(name, transforms.shape_of(tensor), str(tensor.dtype)[6:], kind)
+        value.odd = "" if getattr(type(tensor), "__torch_dispatch__", None) is _PLAIN else type(tensor).__name__
         self.recording.values.append(value)
         self._bind(tensor, value)
         return value
@@ -301,6 +304,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         template = self._template(args, operands)
         named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else {}
+        packed.put_last(operands)
         real: list[torch.Tensor] | None = None
         before: Any = None
         under = transforms.running() and any(operand.levels for operand in operands)
@@ -414,11 +418,26 @@ class Recorder(TorchFunctionMode):
             return operand
         if type(value) in (tuple, list, torch.Size):
             return type(value)(self._template(item, operands) for item in value) if value else value
+        if isinstance(value, torch.ScriptObject):
+            return self._packed(value, operands)
         if type(value) is dict:
             return {key: self._template(item, operands) for key, item in value.items()}
         if type(value) is slice and any(isinstance(v, torch.Tensor) for v in (value.start, value.stop, value.step)):
             return slice(*(self._template(v, operands) for v in (value.start, value.stop, value.step)))
         return value
+
+    def _packed(self, value: torch.ScriptObject, operands: list[Operand]) -> Any:
+        """A packed weight as an operand; what has none that we can see, as it is."""
+        if id(value) not in self.packs:
+            made = packed.unpacked(value, self._name(self.constants.get(id(value), "packed")))
+            self.packs[id(value)] = value, made
+            if made is not None:
+                self.recording.values.append(made.value)
+        made = self.packs[id(value)][1]
+        if made is None:
+            return value
+        operands.append(Packed(len(operands), made.value, made.options))
+        return operands[-1]
 
     # meta ---------------------------------------------------------------------------------------------
 
@@ -555,7 +574,7 @@ _plans: dict[Any, tuple[str, Any, Callable[..., Any] | None]] = {}
 def _plan(func: Any) -> tuple[str, Any, Callable[..., Any] | None]:
     """Name, rule, and for composites the function to run in its place."""
     name = rules.name_of(func)
-    replacement = compose.REPLACEMENTS.get(name)
+    replacement = compose.REPLACEMENTS.get(name) or compose.before_relu(func, name)
     if replacement is not None:
         return name, None, replacement
     rule = rules.lookup(func, name)

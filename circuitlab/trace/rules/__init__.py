@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules import algebra, contract, index, lift, pointwise, shape, spatial
+from circuitlab.trace.rules import algebra, contract, index, lift, pointwise, quantised, shape, spatial
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -178,6 +178,10 @@ _NAMES: dict[Rule, str] = {
     algebra.member: "isin",
     algebra.grouped_mm: "grouped_mm _grouped_mm",
     index.recurrent: "lstm gru rnn_tanh rnn_relu",
+    quantised.rounded: "quantize_per_tensor quantize_per_tensor_dynamic fake_quantize_per_tensor_affine int_repr "
+    "_fake_quantize_learnable_per_tensor_affine",
+    quantised.per_channel: "quantize_per_channel fake_quantize_per_channel_affine _fake_quantize_learnable_per_channel_affine",
+    quantised.observed: "fused_moving_avg_obs_fake_quant",
 }
 
 TABLE: dict[str, Rule] = dict.fromkeys(pointwise.POINTWISE, pointwise.pointwise)
@@ -219,7 +223,7 @@ def lookup(func: Any, name: str) -> Rule:
     if isinstance(func, types.FunctionType) and not module.startswith("torch"):
         return opaque
     if isinstance(func, (torch_op_packet, torch_op)) and not str(func).startswith("aten"):
-        return opaque
+        return quantised.OPS.get(name, opaque) if str(func).startswith("quantized.") else opaque
     if set(module.split(".")) & _SAME_NAME and not module.endswith("linalg"):
         return opaque
     if name in ("batch_norm", "instance_norm"):
