@@ -1278,14 +1278,16 @@ def flexible(score_mod=None, mask_mod=None, groups=1, compiled=False, **options)
         def __init__(self):
             super().__init__()
             self.qkv = nn.ModuleList([nn.Linear(16, 4 * 8), nn.Linear(16, 4 // groups * 8), nn.Linear(16, 4 // groups * 6)])
-            self.bias, self.table = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 12))
+            self.bias, self.table, self.out = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 12)), nn.Linear(24, 16)
             self.register_buffer("document", torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]]))
 
         def forward(self, x):
             q, k, v = (part(x).unflatten(-1, (-1, size)).transpose(1, 2) for part, size in zip(self.qkv, (8, 8, 6), strict=True))
             run = torch.compile(flex_attention) if compiled else flex_attention
             mask = create_block_mask(mask_mod(self), 2, None, 6, 6, device=x.device) if mask_mod else None
-            return run(q, k, v, score_mod(self) if score_mod else None, mask, enable_gqa=groups > 1, **options)
+            made = run(q, k, v, score_mod(self) if score_mod else None, mask, enable_gqa=groups > 1, **options)
+            made, *rest = made if isinstance(made, tuple) else (made,)
+            return self.out(made.transpose(1, 2).flatten(2)), *rest
 
     return Attention(), (torch.randn(2, 6, 16),), {}
 

@@ -226,12 +226,12 @@ class Listener(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = self.prepare(getattr(func, "__name__", ""), args, kwargs or {})
-        given = [tensor for _, tensor in tensors_in((args, kwargs), torch.Tensor)]
+        inner, named = self.prepare(getattr(func, "__name__", ""), args, kwargs or {})
+        given = [tensor for _, tensor in tensors_in((inner, named), torch.Tensor)]
         for tensor in given:
             self._see(tensor)
         function: Callable[..., Any] = self.heard(func.function) if type(func) is Told else func
-        result = function(*args, **kwargs)
+        result = function(*inner, **named)
         made = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         self.directly |= {id(tensor) for tensor in given} if made else set()
         self.made |= {id(tensor): tensor for tensor in made if id(tensor) not in self.read}
