@@ -113,7 +113,9 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def before_relu(func: Any, name: str) -> Callable[..., Any] | None:
     """Of an op of ``torch.ops.quantized`` with a fused relu, the two in turn; None of others."""
     single = re.sub("(?<!leaky)_relu", "", name)
-    inner = getattr(torch.ops.quantized, single, None) if str(func).startswith("quantized.") and single != name else None
+    if single == name or not str(func).startswith("quantized."):
+        return None
+    inner = getattr(torch.ops.quantized, single, None)
     return None if inner is None else lambda *args, **kwargs: torch.relu(inner(*args, **kwargs))
 
 

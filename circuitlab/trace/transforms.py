@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from circuitlab.trace import rules
 from circuitlab.trace.claims import mapped
-from circuitlab.trace.events import Event, Operand, tensors_in
+from circuitlab.trace.events import Event, Operand, Value, tensors_in
 
 if TYPE_CHECKING:
-    from circuitlab.trace.watch import Recorder
+    from circuitlab.trace.watch import Entry, Recorder
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -38,6 +38,7 @@ _PATCHED: dict[tuple[str, str], str | bool] = {
     ("torch._functorch.eager_transforms", "grad_and_value_impl"): "grad_and_value",
     ("torch._functorch.eager_transforms", "_vjp_with_argnums"): "vjp",
     ("torch._functorch.eager_transforms", "_jvp_with_argnums"): "jvp",
+    ("torch.func", "linearize"): "linearize",
     ("torch.nn.attention.flex_attention", "flex_attention_hop"): "flex_attention",
     ("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"): True,
 }
@@ -259,6 +260,33 @@ class Listener(TorchFunctionMode):
         return [tensor for tensor, version in self.read.values() if bare(tensor)._version != version]
 
 
+def wrapped(recorder: Recorder, tensor: torch.Tensor, inner: torch.Tensor, dim: int | None, level: int) -> None:
+    """A tensor that a transform has wrapped: the same array, with a hidden axis moved to the front."""
+    source = recorder.entry(inner)
+    levels = source.levels if dim is None else (*source.levels, level)
+    moved(recorder, source, source.levels, tensor, levels, dim or 0, 0)
+
+
+def moved(
+    recorder: Recorder, source: Entry, seen: Levels, made: torch.Tensor, levels: Levels, start: int, target: int
+) -> None:
+    """A tensor is another one, with one axis moved: of those that it has when it hides some, as seen there."""
+    value, event = source.value, None
+    if start != target:
+        shape = list(value.shape)
+        shape.insert(len(seen) + target, shape.pop(len(seen) + start))
+        operand, value = Operand(0, value, seen), Value("", tuple(shape), value.dtype, "value")
+        recorder.recording.values.append(value)
+        event = Event("movedim", rules.TABLE["movedim"], (operand, start, target), {}, [operand], [value],
+                      recorder.nest.here(sys._getframe(1)), recorder.nest.source(), func=torch.movedim,
+                      levels=(seen,) if seen else ())
+        recorder._event(event)
+    entry = recorder._bind(made, value)
+    entry.parent, entry.view, entry.seen, entry.levels = source, event, source.version, levels
+    if source.real is not None:
+        entry.real = source.real.movedim(len(seen) + start, len(seen) + target)
+
+
 def _not_again(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("it reads arrays that it was not given")
 
@@ -273,7 +301,7 @@ def left(recorder: Recorder, args: Any) -> torch.Tensor:
     if level not in entry.levels:  # it is the same for all, and repeated
         with recorder:
             return tensor.expand(made.shape)
-    recorder.moved(entry, entry.levels[:-1], made, entry.levels[:-1], 0, target % made.dim())
+    moved(recorder, entry, entry.levels[:-1], made, entry.levels[:-1], 0, target % made.dim())
     return made
 
 
@@ -308,7 +336,7 @@ def box(recorder: Recorder, func: Told, args: Any, kwargs: Any) -> Any:
         with outside():
             function = mapped_of(event, operands[:explicit]) if event.levels else func
             recorder.after(event, function if again else _not_again, *wholes((before, tensors)))
-    if name == "vjp" and len(result) > 1 and callable(result[1]):
+    if name in ("vjp", "linearize") and len(result) > 1 and callable(result[1]):
         pull = Told(result[1], name, (*given, *closed))
         return (result[0], pull, *result[2:])
     return result

@@ -60,7 +60,7 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype)[6:]
 
 
-class _Entry:
+class Entry:
     """What is known of one live tensor object: its value now, what it is a view of (with no view: the same array), and
     on meta, where it depends on no input and no parameter, its numbers; and levels, see `circuitlab.trace.transforms`."""
 
@@ -70,7 +70,7 @@ class _Entry:
         self.ref = ref
         self.value = value
         self.version = 0
-        self.parent: _Entry | None = None
+        self.parent: Entry | None = None
         self.view: Event | None = None
         self.number = 0
         self.seen = 0
@@ -99,7 +99,7 @@ class Recorder(TorchFunctionMode):
         block = nest.Building("", title, "root", nest.class_source(type(root)))
         self.nest = nest.Nesting(block, nest.package_of(type(root)))
         self.recording = Recording(block, device="meta" if meta else "live")
-        self.entries: dict[int, _Entry] = {}
+        self.entries: dict[int, Entry] = {}
         self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.outside: set[int] = set()  # twins of tensors that were there before
         self.foreign: set[int] = set()  # tensors from where we cannot see
@@ -124,9 +124,9 @@ class Recorder(TorchFunctionMode):
         self._bind(tensor, value)
         return value
 
-    def _bind(self, tensor: torch.Tensor, value: Value) -> _Entry:
+    def _bind(self, tensor: torch.Tensor, value: Value) -> Entry:
         key = id(tensor)
-        entry = _Entry(weakref.ref(tensor, lambda _, key=key: self._gone(key)), value)
+        entry = Entry(weakref.ref(tensor, lambda _, key=key: self._gone(key)), value)
         self.entries[key] = entry
         return entry
 
@@ -136,14 +136,14 @@ class Recorder(TorchFunctionMode):
         if entry is not None:
             entry.value.gone = len(self.recording.events)
 
-    def entry(self, tensor: torch.Tensor) -> _Entry:
+    def entry(self, tensor: torch.Tensor) -> Entry:
         """The entry of a tensor object, made now if it was never seen: a parameter, a buffer, a constant."""
         entry = self.entries.get(id(tensor))
         if entry is None or entry.ref() is not tensor:
             name, kind = self.state.get(id(tensor), ("", ""))
             inner = transforms.inner_of(tensor)
             if inner is not None:
-                self._wrapped(tensor, *inner)
+                transforms.wrapped(self, tensor, *inner)
             elif not kind and id(tensor) in self.constants:
                 name, kind = self.constants[id(tensor)], "constant"
             elif not kind and self.meta and id(tensor) in self.outside:
@@ -171,31 +171,6 @@ class Recorder(TorchFunctionMode):
         value = self.add(tensor, "", "value")
         self._event(Event("untracked", rules.opaque, (), {}, [], [value], block, self.nest.source()))
 
-    def _wrapped(self, tensor: torch.Tensor, inner: torch.Tensor, dim: int | None, level: int) -> None:
-        """A tensor that a transform has wrapped: the same array, with a hidden axis moved to the front."""
-        source = self.entry(inner)
-        levels = source.levels if dim is None else (*source.levels, level)
-        self.moved(source, source.levels, tensor, levels, dim or 0, 0)
-
-    def moved(
-        self, source: _Entry, seen: transforms.Levels, made: torch.Tensor, levels: transforms.Levels, start: int, target: int
-    ) -> None:
-        """A tensor is another one, with one axis moved: of those that it has when it hides some, as seen there."""
-        value, event = source.value, None
-        if start != target:
-            shape = list(value.shape)
-            shape.insert(len(seen) + target, shape.pop(len(seen) + start))
-            operand, value = Operand(0, value, seen), Value("", tuple(shape), value.dtype, "value")
-            self.recording.values.append(value)
-            event = Event("movedim", rules.TABLE["movedim"], (operand, start, target), {}, [operand], [value],
-                          self.nest.here(sys._getframe(1)), self.nest.source(), func=torch.movedim,
-                          levels=(seen,) if seen else ())
-            self._event(event)
-        entry = self._bind(made, value)
-        entry.parent, entry.view, entry.seen, entry.levels = source, event, source.version, levels
-        if source.real is not None:
-            entry.real = source.real.movedim(len(seen) + start, len(seen) + target)
-
     def is_known(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor object was seen before, or is the module's."""
         entry = self.entries.get(id(tensor))
@@ -218,7 +193,7 @@ class Recorder(TorchFunctionMode):
 
     # views and writes ---------------------------------------------------------------------------------
 
-    def _refresh(self, entry: _Entry) -> None:
+    def _refresh(self, entry: Entry) -> None:
         """Read a view anew if what it is a view of was written to since."""
         parent, view = entry.parent, entry.view
         if parent is None:
@@ -248,7 +223,7 @@ class Recorder(TorchFunctionMode):
         self._event(event)
         return event
 
-    def _written(self, entry: _Entry, block: nest.Building) -> None:
+    def _written(self, entry: Entry, block: nest.Building) -> None:
         """A tensor object was written to: whatever it is a view of changes with it."""
         entry.version += 1
         parent = entry.parent
@@ -419,25 +394,12 @@ class Recorder(TorchFunctionMode):
         if type(value) in (tuple, list, torch.Size):
             return type(value)(self._template(item, operands) for item in value) if value else value
         if isinstance(value, torch.ScriptObject):
-            return self._packed(value, operands)
+            return packed.operand(self, value, operands)
         if type(value) is dict:
             return {key: self._template(item, operands) for key, item in value.items()}
         if type(value) is slice and any(isinstance(v, torch.Tensor) for v in (value.start, value.stop, value.step)):
             return slice(*(self._template(v, operands) for v in (value.start, value.stop, value.step)))
         return value
-
-    def _packed(self, value: torch.ScriptObject, operands: list[Operand]) -> Any:
-        """A packed weight as an operand; what has none that we can see, as it is."""
-        if id(value) not in self.packs:
-            made = packed.unpacked(value, self._name(self.constants.get(id(value), "packed")))
-            self.packs[id(value)] = value, made
-            if made is not None:
-                self.recording.values.append(made.value)
-        made = self.packs[id(value)][1]
-        if made is None:
-            return value
-        operands.append(Packed(len(operands), made.value, made.options))
-        return operands[-1]
 
     # meta ---------------------------------------------------------------------------------------------
 
