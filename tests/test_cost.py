@@ -23,8 +23,9 @@ UNSEEN = {
     "torch_bilinear", "torch_spectral_norm",  # the counter leaves out trilinear products and matrix times vector
     "experts_in_one_product", "products_of_groups",  # nor does it know grouped_mm
     "learned_queries",  # it does not take parameters as the inputs of modules
-    "vmap",  # opaque
     "exception_midway",  # the counter counts the product that failed
+    "per_sample_gradients", "inner_step", "jacobians", "force_field", "quantised_lstm",  # opaque
+    "quantised_dynamic", "quantised_half", "quantised_static", "quantised_graph",  # the counter knows no packed products
 }
 
 
@@ -35,6 +36,7 @@ def run(model, args, kwargs, mode):
 
 @pytest.mark.parametrize("name", [
     name if name not in UNSEEN else pytest.param(name, marks=pytest.mark.xfail(strict=True)) for name in ZOO
+    if not name.startswith("flex_attention")  # torch does not run it under a counter
 ])
 def test_flops_agree_with_the_flop_counter(name):
     torch.manual_seed(0)
@@ -125,7 +127,7 @@ def test_an_overlay_of_costs_is_drawn():
 
 
 def test_ops_without_a_rule_are_counted_as_unknown():
-    model, args, kwargs = ZOO["vmap"]()
+    model, args, kwargs = ZOO["jacobians"]()
     costs = cl.trace(model, *args, **kwargs).cost()
     assert costs.unknown[0] == len(cl.trace(model, *args, **kwargs).opaque) > 0
 

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import functools
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -489,9 +491,9 @@ def _(self, q, k):
     return q @ k.repeat_interleave(3, dim=1).transpose(-2, -1)
 
 
-@style("vmap", x(3, 4), a=linear(4, 5))
+@style("cross_reshape_mapped", x(3, 6, 4), a=linear(4, 4))
 def _(self, x):
-    return torch.vmap(lambda row: torch.tanh(row))(self.a(x))
+    return torch.vmap(lambda each: self.a(each).reshape(8, 3))(x)
 
 
 @style("einops_style", x(2, 6, 8), a=linear(8, 8))
@@ -1341,3 +1343,314 @@ def _(self, x):
 def _(self, x):
     q, k, v = heads(self.q(x), 2).softmax(-1), heads(self.k(x), 2).softmax(-2), heads(self.v(x), 2)
     return self.o((q @ (k.mT @ v)).transpose(1, 2).flatten(2))
+
+
+# torch.func ---------------------------------------------------------------------------------------------------
+
+
+@style("vmap", x(3, 4), a=linear(4, 5))
+def _(self, x):
+    return torch.vmap(lambda row: torch.tanh(row))(self.a(x))
+
+
+@style("vmap_heads", x(2, 6, 8), q=linear(8, 8), k=linear(8, 8), v=linear(8, 6))
+def _(self, x):
+    def head(q, k, v):
+        return torch.softmax(q @ k.mT / 2, -1) @ v
+
+    q, k, v = (part(x).unflatten(-1, (2, -1)) for part in (self.q, self.k, self.v))
+    return torch.vmap(torch.vmap(head, in_dims=(1, 0, 1), out_dims=1))(q, k.transpose(1, 2), v).flatten(-2)
+
+
+@style("vmap_square", x(3, 3, 3))
+def _(self, x):
+    return torch.vmap(torch.vmap(lambda row: row.cumsum(0), in_dims=1, out_dims=1), in_dims=2, out_dims=1)(x)
+
+
+@style("vmap_trees", x(7, 6), x(6), x(2, 7))
+def _(self, a, b, c):
+    def each(given):
+        return {"s": given["a"] * given["rest"][0], "t": given["rest"][1].sum() + given["a"].sum(), "u": given["rest"][0] * 2}
+
+    return torch.vmap(each, in_dims=({"a": 0, "rest": (None, 1)},), out_dims={"s": -1, "t": 0, "u": 0})({"a": a, "rest": (b, c)})
+
+
+@style("vmap_ensemble", x(5, 4), members=lambda: nn.ModuleList(nn.Sequential(
+    nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(3)))
+def _(self, x):
+    parameters, buffers = torch.func.stack_module_state(list(self.members))
+    return torch.vmap(lambda *state: torch.func.functional_call(self.members[0], state, (x,)))(parameters, buffers).mean(0)
+
+
+@entry
+def vmap_ensemble_kept_apart():
+    class Ensemble(nn.Module):
+        def __init__(self):
+            super().__init__()
+            members = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)) for _ in range(3)]
+            stacked, _ = torch.func.stack_module_state(members)
+            self.stacked = nn.ParameterDict({name.replace(".", "_"): part.detach() for name, part in stacked.items()})
+            self.one = members[0].to("meta").requires_grad_(False)
+
+        def forward(self, x):
+            parts = {name.replace("_", "."): part for name, part in self.stacked.items()}
+            return torch.vmap(lambda own: torch.func.functional_call(self.one, own, (x,)))(parts)
+
+    return Ensemble(), (torch.randn(5, 4),), {}
+
+
+@style("vmap_experts", x(2, 7, 8), w=lambda: nn.Parameter(torch.randn(4, 8, 3)))
+def _(self, x):
+    gate = torch.softmax(x.mean(-1), -1)
+    y = torch.vmap(torch.vmap(lambda w, tokens: tokens @ w, (0, None)), (None, 0))(self.w, x)
+    return (y * gate[:, None, :, None]).sum(1)
+
+
+@style("vmap_writes", x(4, 6))
+def _(self, x):
+    def each(row):
+        row.mul_(2)
+        row[0] = row[1]
+        row.view(2, 3)[1].add_(row[:3])
+        return row.sum()
+
+    y, z = x * 1, x.T * 1
+    return torch.vmap(each)(y), y, torch.vmap(lambda row: row.add_(1).sum(), in_dims=1)(z), z
+
+
+@style("vmap_mask", x(5, 4))
+def _(self, x):
+    at = torch.arange(len(x))
+    causal = torch.vmap(torch.vmap(lambda i, j: i >= j, (None, 0)), (0, None))(at, at)
+    scores = (x @ x.T).masked_fill(~causal, float("-inf"))
+    return (scores + 1 if causal.any() else scores).softmax(-1) @ x
+
+
+@style("vmap_reads", x(3, 4, 6), ids(3, 2, high=4))
+def _(self, x, i):
+    return torch.vmap(lambda rows, at: rows[at])(x, i), torch.vmap(lambda rows: rows.topk(2, 0).values)(x)
+
+
+@style("vmap_closure", x(3, 4, 6), a=linear(6, 5))
+def _(self, x):
+    h = self.a(x)
+    return torch.vmap(lambda rows: torch.vmap(lambda row: h.sum((0, 1)) * (row * rows).sum(0))(rows))(h)
+
+
+@style("vmap_chunks", x(7, 6), a=linear(6, 3))
+def _(self, x):
+    return torch.vmap(self.a, chunk_size=3)(x)
+
+
+@style("vmap_noise", x(7, 6), a=linear(6, 3))
+def _(self, x):
+    return torch.vmap(lambda row: F.dropout(self.a(row) + torch.randn(3), 0.5), randomness="different")(x)
+
+
+@style("per_sample_gradients", x(5, 4), a=linear(4, 3))
+def _(self, x):
+    def loss(parameters, row):
+        return torch.func.functional_call(self.a, parameters, (row[None],)).square().mean()
+
+    parameters = dict(self.a.named_parameters())
+    gradients, values = torch.vmap(torch.func.grad_and_value(loss), (None, 0))(parameters, x)
+    return values, sum(each.flatten(1).norm(dim=1) for each in gradients.values())
+
+
+@style("inner_step", x(5, 4), a=linear(4, 4))
+def _(self, x):
+    def loss(parameters):
+        return torch.func.functional_call(self.a, parameters, (x,)).square().mean()
+
+    parameters = dict(self.a.named_parameters())
+    steps = torch.func.grad(loss)(parameters)
+    return torch.func.functional_call(self.a, {name: each - 0.1 * steps[name] for name, each in parameters.items()}, (x,))
+
+
+@style("jacobians", x(5, 4), a=linear(4, 3))
+def _(self, x):
+    def each(row):
+        return torch.tanh(self.a(row))
+
+    return torch.vmap(torch.func.jacrev(each))(x), torch.vmap(torch.func.jacfwd(each))(x)
+
+
+@style("force_field", x(5, 3), a=linear(3, 8), b=linear(8, 1))
+def _(self, x):
+    with torch.enable_grad():
+        x = x.requires_grad_()
+        energy = self.b(torch.tanh(self.a(x))).sum()
+        return energy, -torch.autograd.grad(energy, x)[0]
+
+
+# flex_attention -----------------------------------------------------------------------------------------------
+
+
+def flexible(score_mod=None, mask_mod=None, groups=1, compiled=False, **options):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.ModuleList([nn.Linear(16, 4 * 8), nn.Linear(16, 4 // groups * 8), nn.Linear(16, 4 // groups * 6)])
+            self.bias, self.table, self.out = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 12)), nn.Linear(24, 16)
+            self.register_buffer("document", torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]]))
+
+        def forward(self, x):
+            q, k, v = (part(x).unflatten(-1, (-1, size)).transpose(1, 2) for part, size in zip(self.qkv, (8, 8, 6), strict=True))
+            run = torch.compile(flex_attention) if compiled else flex_attention
+            mask = create_block_mask(mask_mod(self), 2, None, 6, 6, device=x.device) if mask_mod else None
+            made = run(q, k, v, score_mod(self) if score_mod else None, mask, enable_gqa=groups > 1, **options)
+            made, *rest = made if isinstance(made, tuple) else (made,)
+            return self.out(made.transpose(1, 2).flatten(2)), *rest
+
+    return Attention(), (torch.randn(2, 6, 16),), {}
+
+
+ZOO["flex_attention"] = lambda: flexible(lambda self: lambda score, b, h, q, k: torch.where(q >= k, score, -float("inf")), compiled=True)
+ZOO["flex_attention_groups"] = lambda: flexible(lambda self: lambda score, b, h, q, k: score + self.bias[h] * (q - k), groups=2)
+ZOO["flex_attention_table"] = lambda: flexible(lambda self: lambda score, b, h, q, k: 20 * torch.tanh(score + self.table[h][q - k + 6]))
+ZOO["flex_attention_blocks"] = lambda: flexible(
+    mask_mod=lambda self: lambda b, h, q, k: (self.document[b, q] == self.document[b, k]) & (q >= k), groups=2, return_lse=True)
+
+
+# few bits -----------------------------------------------------------------------------------------------------
+
+
+def feed_forward():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+def quantised(make):
+    """Torch says of all its quantisation that it moves to another package."""
+
+    @functools.wraps(make)
+    def quiet():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make()
+
+    return entry(quiet)
+
+
+@quantised
+def quantised_dynamic():
+    return torch.ao.quantization.quantize_dynamic(feed_forward(), {nn.Linear}), (torch.randn(3, 5, 8),), {}
+
+
+@quantised
+def quantised_half():
+    return torch.ao.quantization.quantize_dynamic(feed_forward(), {nn.Linear}, dtype=torch.float16), (torch.randn(3, 8),), {}
+
+
+@quantised
+def quantised_lstm():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.out = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.out(self.read(x)[0])
+
+    return torch.ao.quantization.quantize_dynamic(Reader().eval(), {nn.LSTM, nn.Linear}), (torch.randn(2, 5, 6),), {}
+
+
+@quantised
+def quantised_static():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.out = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+            self.wide, self.norm, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+            self.more, self.add = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2), torch.ao.nn.quantized.FloatFunctional()
+            self.line, self.head = nn.Conv1d(8, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.relu(self.norm(self.wide(self.into(x))))
+            x = self.add.cat([self.add.add(x[:, :, ::2, ::2], self.more(x)), self.more(x)], 1)[:, 4:12]
+            return self.out(self.head(self.line(x.flatten(2)).mean(-1)))
+
+    net = torch.ao.quantization.fuse_modules(Net().eval(), [["wide", "norm", "relu"]])
+    net.qconfig = torch.ao.quantization.default_qconfig
+    net, x = torch.ao.quantization.prepare(net), torch.randn(2, 3, 6, 6)
+    net(x)
+    return torch.ao.quantization.convert(net), (x,), {}
+
+
+@quantised
+def quantised_graph():
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    x = torch.randn(3, 8)
+    net = prepare_fx(feed_forward(), torch.ao.quantization.get_default_qconfig_mapping(), (x,))
+    net(x)
+    return convert_fx(net), (x,), {}
+
+
+@quantised
+def quantised_in_training():
+    net = feed_forward().train()
+    net.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    return torch.ao.quantization.prepare_qat(net), (torch.randn(3, 8),), {}
+
+
+@quantised
+def quantised_embedding():
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4)).eval()
+    net[0].qconfig = torch.ao.quantization.float_qparams_weight_only_qconfig
+    return torch.ao.quantization.convert(torch.ao.quantization.prepare(net)), (torch.randint(0, 10, (3, 4)),), {}
+
+
+@quantised
+def quantised_embedding_bag():
+    net = nn.Sequential(nn.EmbeddingBag(10, 8, mode="sum"), nn.Linear(8, 4)).eval()
+    net[0].qconfig = torch.ao.quantization.float_qparams_weight_only_qconfig
+    return torch.ao.quantization.convert(torch.ao.quantization.prepare(net)), (torch.randint(0, 10, (3, 4)),), {}
+
+
+@style("rounded_by_hand", x(3, 8), a=linear(8, 4))
+def _(self, x):
+    rows = torch.full((4,), 0.05), torch.zeros(4, dtype=torch.long)
+    x = torch.quantize_per_tensor(x, 0.1, 3, torch.quint8).dequantize()
+    w = torch.quantize_per_channel(self.a.weight.float(), *rows, 0, torch.qint8).dequantize()
+    return F.linear(torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127), w.to(x.dtype), self.a.bias)
+
+
+@style("four_bits", x(3, 8), packed=lambda: nn.Buffer(torch.randint(0, 255, (5, 4), dtype=torch.uint8)),
+       scale=lambda: nn.Buffer(torch.rand(5)))
+def _(self, x):
+    w = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(1).to(x.dtype) - 8
+    return F.linear(x, w * self.scale[:, None])
+
+
+class EightBits(torch.Tensor):
+    """A weight of eight bits with a scale for each row, as libraries wrap them."""
+
+    @staticmethod
+    def __new__(cls, whole, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype)
+
+    def __init__(self, whole, scale):
+        self.whole, self.scale = whole, scale
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            x, weight, bias = args
+            return F.linear(x, weight.whole.to(x.dtype)) * weight.scale.to(x.dtype) + bias
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(func(args[0].whole), func(args[0].scale))
+        raise NotImplementedError(func)
+
+
+@entry
+def wrapped_weight():
+    net = feed_forward()
+    net[0].weight = nn.Parameter(EightBits(torch.randint(-128, 127, (16, 8), dtype=torch.int8), torch.rand(16)), False)
+    return net, (torch.randn(3, 8),), {}

@@ -56,7 +56,7 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
     if op.kind == "norm":
         return Sign("norm", _norm_name(op, block))
     if op.kind == "softmax":
-        return Sign("softmax", "SoftMax" if op.fn == "softmax" else op.fn)
+        return Sign("softmax", "SoftMax" if op.fn in ("softmax", "_safe_softmax") else op.fn)
     if op.kind == "opaque":
         return Sign("opaque", f"{op.fn} (probed)" if op.attrs.get("probed") else op.fn)
     if op.kind in _KINDS:

@@ -92,7 +92,8 @@ def build(
         returns[value.name] = returns[value.name] or path
     inputs = tuple(value.name for value in recording.inputs)
     picked = {named[id(atom)].name for atom in atoms if atom.picked}
-    why = permutability(wires, ops, tensors, inputs, returns, places, picked)
+    odd = {value.name: value.odd for value in values if value.odd}
+    why = permutability(wires, ops, tensors, inputs, returns, places, picked, odd)
     wires = {
         name: Wire(
             name, wire.label, wire.size, wire.kind, wire.group, wire.origin, not why[name], why[name], wire.parts,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import types
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from circuitlab.trace import rules
-from circuitlab.trace.events import Event, Operand
+from circuitlab.trace.events import Event, Operand, Value
 
 _SPACES = {
     "torch": torch, "F": torch.nn.functional, "torch.linalg": torch.linalg, "torch.special": torch.special,
@@ -29,6 +31,7 @@ _OPERATORS = {
     "rpow": "$1 ** $0", "rfloordiv": "$1 // $0", "rmod": "$1 % $0", "rmatmul": "$1 @ $0", "truediv": "$0 / $1",
     "floordiv": "$0 // $1", "mod": "$0 % $1", "invert": "~$0", "xor": "$0 ^ $1", "and": "$0 & $1", "or": "$0 | $1",
 }
+_ENTRYWISE = (rules.pointwise.pointwise, rules.index.where)
 _SAME = frozenset("contiguous clone alias positive cpu cuda resolve_conj resolve_neg alias_copy requires_grad".split())
 _CASTS = frozenset("to float double half bfloat16 int long short char byte bool type type_as".split())
 _DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout".split())
@@ -53,6 +56,8 @@ class _Size(str):
 def call_text(event: Event) -> str:
     """The text of a call, "" where it cannot be written."""
     try:
+        if event.levels:
+            return _mapped(event)
         if event.rule is rules.leave:
             return _left(event)
         if event.fn == "write":
@@ -63,6 +68,48 @@ def call_text(event: Event) -> str:
         return f"{text}[0]" if event.packed and len(event.outs) == 1 else text
     except _CannotSayError:
         return ""
+
+
+def _mapped(event: Event) -> str:
+    """The call under ``vmap``, mapped again over what it hides an axis for."""
+    ins, outs = [operand.levels for operand in event.operands], event.levels
+    seen = replace(event, levels=(), outs=[
+        Value(out.name, out.shape[len(levels) :], out.dtype, out.kind) for out, levels in zip(event.outs, outs, strict=True)
+    ])
+    text = call_text(seen)
+    levels = {level for each in ins for level in each}
+    if text == "$0" and outs == (ins[0],):
+        return text
+    if not text or any(set(each) != levels for each in outs) or event.rule is rules.pointwise.random:
+        return ""
+    if event.rule is rules.index.indexed and not ins[0] and not any(operand.ndim for operand in event.operands[1:]):
+        return f"$0[{', '.join(f'${o.slot}{_place(o, outs[0], 0)}' for o in event.operands[1:])}]"
+    if event.rule in _ENTRYWISE:  # broadcasting finds the axes that stand in their places
+        places = [_place(operand, outs[0], len(seen.outs[0].shape)) for operand in event.operands]
+        return re.sub(r"\$(\d+)", lambda found: found[0] + places[int(found[1])], text.replace("$$", "\0")).replace("\0", "$$")
+    names = [chr(ord("a") + n) if n < 26 else f"a{n}" for n in range(len(ins))]
+    inner = re.sub(r"\$(\d+)", lambda found: names[int(found[1])], text.replace("$$", "\0"))
+    inner = re.sub(r"\$\[(\d+):(\d+)\]", lambda found: f"$[{found[1]}:{int(found[2]) + len(outs[int(found[1])])}]", inner)
+    rows = inner.replace("$out", "out").split("\n")
+    function, before = f"lambda {', '.join(names)}: {inner}", ""
+    if len(rows) > 1:
+        function, before = "each", "\n    ".join([f"def each({', '.join(names)}):", *rows, "return out"]) + "\n$out = "
+    for level in sorted(levels, reverse=True):
+        said = ", ".join("0" if level in each else "None" for each in ins)
+        in_dims = f", in_dims=({said}{',' if len(ins) == 1 else ''})" if "None" in said else ""
+        function = f"torch.vmap({function}{in_dims})"
+    return f"{before}{function}({', '.join(f'${n}' for n in range(len(ins)))})".replace("\0", "$$")
+
+
+def _place(operand: Operand, levels: tuple[int, ...], ndim: int) -> str:
+    """An index that puts an operand's axes, hidden ones included, where the result's are."""
+    items = [":" if level in operand.levels else "None" for level in levels]
+    items += ["None"] * (ndim - operand.ndim) + [":"] * operand.ndim
+    while items[:1] == ["None"]:
+        del items[0]
+    while items[-1:] == [":"]:
+        del items[-1]
+    return f"[{', '.join(items)}]" if items else ""
 
 
 def _left(event: Event) -> str:

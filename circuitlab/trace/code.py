@@ -19,7 +19,7 @@ _RESHAPES = frozenset(
     "view reshape flatten unflatten ravel squeeze unsqueeze permute transpose swapaxes swapdims T t mT movedim moveaxis "
     "expand broadcast_to repeat tile _unsafe_view".split()
 )
-_RESERVED = frozenset("torch F einsum rearrange repeat expect m".split())
+_RESERVED = frozenset("torch F einsum rearrange repeat expect m each".split())
 
 _WIDE = 108
 """Lines longer than this go without a note."""

@@ -21,9 +21,10 @@ class Value:
         event: the event that made it, None for the first four kinds.
         gone: number of events when the array was let go; -1 if it was not, or nobody knows.
         read: an event that an output depends on, or the caller, gets it. Known once the run is over.
+        odd: its class, where it is no plain array.
     """
 
-    __slots__ = ("dims", "dtype", "event", "gone", "kind", "learned", "name", "read", "shape", "static")
+    __slots__ = ("dims", "dtype", "event", "gone", "kind", "learned", "name", "odd", "read", "shape", "static")
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> None:
         self.name = name
@@ -36,31 +37,49 @@ class Value:
         self.event: Event | None = None
         self.gone = -1
         self.read = False
+        self.odd = ""
 
 
 class Operand:
-    """A value at its place among an event's operands: what rules get for a tensor argument."""
+    """A value at its place among an event's operands: what rules get for a tensor argument.
 
-    __slots__ = ("slot", "value")
+    Under ``vmap`` some axes of the value, the first ones, are hidden from the function; ``levels`` says of which.
+    """
 
-    def __init__(self, slot: int, value: Value) -> None:
+    __slots__ = ("levels", "slot", "value")
+
+    def __init__(self, slot: int, value: Value, levels: tuple[int, ...] = ()) -> None:
         self.slot = slot
         self.value = value
+        self.levels = levels
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes."""
-        return self.value.shape
+        return self.value.shape[len(self.levels) :]
 
     @property
     def ndim(self) -> int:
         """Number of dimensions."""
-        return len(self.value.shape)
+        return len(self.value.shape) - len(self.levels)
 
     @property
     def dims(self) -> list[Dim]:
         """Atoms of each dimension."""
-        return self.value.dims
+        return self.value.dims[len(self.levels) :]
+
+
+class Packed(Operand):
+    """A weight in an object of torch's own, packed for a kernel: its axes are known, and it stands after the tensors.
+
+    ``options`` are what is packed with it: whether there is a bias, strides and the like.
+    """
+
+    __slots__ = ("options",)
+
+    def __init__(self, slot: int, value: Value, options: dict[str, Any]) -> None:
+        super().__init__(slot, value)
+        self.options = options
 
 
 @dataclass(eq=False, slots=True)
@@ -69,7 +88,8 @@ class Event:
 
     ``args`` and ``kwargs`` are the call's, with an `Operand` wherever a tensor stood; ``func`` is what was called, None
     where it is not a function of torch's; ``packed`` says that it gave its results in a tuple; ``probed`` are the axes
-    that `circuitlab.trace.probe` found of an op without a rule.
+    that `circuitlab.trace.probe` found of an op without a rule. ``levels`` are, for each result, those that it hides an
+    axis for, as `Operand` has them; () where the call was not under ``vmap``.
     """
 
     fn: str
@@ -84,6 +104,7 @@ class Event:
     func: Any = None
     packed: bool = False
     probed: tuple[Any, ...] = ()
+    levels: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(eq=False)

@@ -150,7 +150,10 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
 def doubled(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor in double precision that shares nothing with it."""
     double = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
-    made = tensor.detach().to(double, copy=True)
+    try:
+        made = tensor.detach().to(double, copy=True)
+    except NotImplementedError:  # a class of arrays that has one precision
+        return own(tensor)
     return torch.nn.Parameter(made, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else made
 
 

@@ -81,10 +81,12 @@ def permutability(
     returns: Mapping[str, str],
     places: WherePlaces,
     picked: set[str],
+    odd: Mapping[str, str],
 ) -> dict[str, str]:
     """For each wire "" if it is permutable, else the reason why not, for people.
 
-    ``returns`` holds the outputs, each with where it stands in what forward returned.
+    ``returns`` holds the outputs, each with where it stands in what forward returned; ``odd`` the parameters that are no
+    plain arrays, and what they are.
     """
     why = dict.fromkeys(picked, "single entries of it are picked by their number")
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -106,6 +108,9 @@ def permutability(
         if tensor.kind == "constant" or (tensor.kind == "buffer" and tensor.name not in statistics):
             for wire in _deep(tensor, wires):
                 why.setdefault(wire, f"the {tensor.kind} {tensor.name!r} has it: fixed numbers, which stay where they are")
+        elif tensor.name in odd:
+            for wire in _deep(tensor, wires):
+                why.setdefault(wire, f"the {tensor.kind} {tensor.name!r} is a {odd[tensor.name]}, whose entries cannot be moved")
     holders = _holders(tensors, wires)
     for wire in wires.values():
         if wire.parts:

@@ -20,6 +20,7 @@ import torch
 from circuitlab.trace import rules
 from circuitlab.trace.claims import cloned, difference, draw_index, mapped
 from circuitlab.trace.events import Event, tensors_in
+from circuitlab.trace.transforms import Mapped
 from circuitlab.trace.watch import Recorder
 
 _LARGE = 1 << 18
@@ -27,6 +28,7 @@ _LARGE = 1 << 18
 _TRIES = 64
 """Ways to pair up dimensions of the operands that are tried for one dimension of a result."""
 _ROUNDS = 3
+_SMALL = (torch.bool, torch.int8, torch.uint8)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Dims = tuple[tuple[int, int], ...]
@@ -48,7 +50,10 @@ class Prober(Recorder):
     functions: frozenset[str]
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        before = cloned((tuple(args), dict(kwargs))) if name in self.functions else None
+        try:
+            before = cloned((tuple(args), dict(kwargs))) if name in self.functions else None
+        except RuntimeError:  # arrays of a kind that cannot be copied
+            before = None
         return before, func(*args, **kwargs)
 
     def after(self, event: Event, func: Any, before: Any, results: list[torch.Tensor]) -> None:
@@ -65,8 +70,8 @@ def probe(func: Any, name: str, call: Call, results: list[torch.Tensor]) -> tupl
         results: what it gave.
     """
     operands = [tensor for _, tensor in tensors_in(call, torch.Tensor)]
-    # whole numbers may say where to read, and others than these be invalid
-    numbers = all(t.dtype == torch.bool or t.is_floating_point() or t.is_complex() for t in operands)
+    # large whole numbers may say where to read, and others than these be invalid
+    numbers = all(t.dtype in _SMALL or t.is_floating_point() or t.is_complex() for t in operands)
     if not operands or not numbers or not _harmless(func, name, call):
         return ()
     if sum(t.numel() for t in (*operands, *results)) > _LARGE:
@@ -81,6 +86,7 @@ def probe(func: Any, name: str, call: Call, results: list[torch.Tensor]) -> tupl
 
 def _harmless(func: Any, name: str, call: Call) -> bool:
     """Whether a function may be called again: by what it declares, it writes to nothing and talks to nobody."""
+    func = func.func if isinstance(func, Mapped) else func
     schema = getattr(func, "_schema", None)
     packet = [getattr(func, overload)._schema for overload in func.overloads()] if hasattr(func, "overloads") else []
     if any(each.is_mutable for each in (schema, *packet) if each is not None) or "c10d" in str(func):
@@ -121,6 +127,8 @@ def _round(func: Any, call: Call, number: int) -> _Round | None:
 def _disturbed(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.bool:
         return tensor ^ (torch.rand(tensor.shape, device=tensor.device) < 0.3)
+    if tensor.dtype in _SMALL:
+        return tensor.flatten()[torch.randperm(tensor.numel(), device=tensor.device)].view(tensor.shape)
     scale = tensor.detach().abs().nan_to_num(0, 0, 0).mean() if tensor.numel() else 0
     return tensor * (1 + 0.1 * torch.randn_like(tensor)) + 0.1 * scale * torch.randn_like(tensor)
 
@@ -180,16 +188,23 @@ class _Search:
     def _holds(self, size: int, ins: Dims, outs: Dims, passing: bool) -> bool:
         """Whether re-indexing these operands re-indexes these results just so, in all rounds, and changes something."""
         for number, each in enumerate(self.rounds):
-            index = draw_index(size, passing, self.generator)
-            operands, expected = _taken(each.operands, ins, index), _taken(each.results, outs, index)
-            try:
-                if not _close(each.again(operands), expected):
+            for index in self._indices(size, passing):
+                try:
+                    operands, expected = _taken(each.operands, ins, index), _taken(each.results, outs, index)
+                    if not _close(each.again(operands), expected):
+                        return False
+                except (RuntimeError, IndexError, ValueError, TypeError):
                     return False
-            except (RuntimeError, IndexError, ValueError, TypeError):
-                return False
-            if number and (_still(each.operands, operands, ins) or _still(each.results, expected, outs)):
-                return False
+                if number and (_still(each.operands, operands, ins) or _still(each.results, expected, outs)):
+                    return False
         return True
+
+    def _indices(self, size: int, passing: bool) -> list[torch.Tensor]:
+        """Re-indexings: of what passes, each half alone, so that whatever depends on all entries (their largest) shows."""
+        index = draw_index(size, False, self.generator)
+        if not passing:
+            return [index]
+        return [half.repeat(-(-size // len(half)))[:size] for half in (index[: size // 2], index[size // 2 :])]
 
     def _complete(self, size: int, ins: Dims) -> bool:
         """Whether every other dimension of this size varies: of a constant one it cannot be seen that it belongs."""

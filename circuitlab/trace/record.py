@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, TraceError
-from circuitlab.trace import nest, rules
+from circuitlab.trace import nest, rules, transforms
 from circuitlab.trace.build import build
 from circuitlab.trace.events import tensors_in
 from circuitlab.trace.guard import copy_model, forget, no_collection, random_state
@@ -74,17 +75,20 @@ def trace(
                 ) from error
             reason = f"{type(error).__name__}: {error}"
     state = [*model.parameters(), *model.buffers(), *tensors]
-    if any(tensor.is_meta for tensor in state):
-        raise TraceError(
-            f"{type(model).__name__} holds meta tensors, which have no values, and its forward needs values "
-            f"({reason}); give the module its weights with model.to_empty(device='cpu') or load them, then trace again"
-        )
+    missing = TraceError(
+        f"{type(model).__name__} holds meta tensors, which have no values, and its forward needs values "
+        f"({reason}); give the module its weights with model.to_empty(device='cpu') or load them, then trace again"
+    )
+    if state and all(tensor.is_meta for tensor in state):
+        raise missing
     try:
         recorder, _ = record(model, args, kwargs, meta=False)
         with no_collection():
             circuit = build(recorder.recording, model, names)
         return _probed(circuit, model, args, kwargs, names) if circuit.opaque else circuit
     except RunError as failure:
+        if any(tensor.is_meta for tensor in state):
+            raise missing from failure.cause
         raise failure.to_user(model, "", names) from failure.cause
 
 
@@ -217,6 +221,11 @@ def record(
         for key, value in vars(module).items()
         if key[:1] != "_" and not isinstance(value, torch.nn.Module) and not callable(value)
         for key, tensor in tensors_in(value, torch.Tensor, key)
+    } | {
+        id(value): f"{path}.{key}" if path else key
+        for path, module in copied.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.ScriptObject)
     }
     real = {key: t for key, t in originals.items() if not t.is_meta and t.numel() <= LARGE and t.device.type == "cpu"}
     recorder = (recorder_class or Recorder)(copied, meta=meta, device=device, constants=constants, real=real)
@@ -227,7 +236,9 @@ def record(
         torch.nn.modules.module.register_module_forward_hook(recorder.module_ends, always_call=True),
     )
     try:
-        with random_state(), torch.no_grad(), recorder:
+        with random_state(), transforms.announced(), warnings.catch_warnings(), torch.no_grad(), recorder:
+            # the hooks are ours, and gone after the run
+            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
             output = copied(*args, **kwargs)
     except Exception as error:
         failure = recorder.failure

@@ -16,6 +16,7 @@ import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, VerificationError
+from circuitlab.trace import transforms
 from circuitlab.trace.claims import (
     Claim,
     Results,
@@ -85,7 +86,9 @@ def verify(circuit: Circuit, model: torch.nn.Module, *args: Any, seed: int = 0, 
         VerificationError: the module holds no values, does not run, or is another module or input shape than the
             circuit was traced from.
     """
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+    used = {tensor.name for tensor in circuit.tensors}
+    state = (*model.named_parameters(), *model.named_buffers())
+    if any(tensor.is_meta for name, tensor in state if name in used):
         raise VerificationError("the module is on the meta device, where there are no numbers to test with; give it "
                                 "weights, e.g. model.to_empty(device='cpu'), and verify again")
     with random_state():
@@ -109,7 +112,10 @@ class _Tester(Recorder):
     generator: torch.Generator
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        before = cloned((tuple(args), {key: item for key, item in kwargs.items() if key != "out"}))
+        try:
+            before = cloned((tuple(args), {key: item for key, item in kwargs.items() if key != "out"}))
+        except RuntimeError:  # arrays of a kind that cannot be copied
+            before = None
         return before, func(*args, **kwargs)
 
     def after(self, event: Event, func: Any, before: Any, results: list[torch.Tensor]) -> None:
@@ -124,7 +130,13 @@ class _Tester(Recorder):
                 f"the op {op.name!r} ({op.source}) made {[out.shape for out in event.outs]}, and the circuit says "
                 f"{[self.circuit.tensor(n).shape for n in op.outputs]}: verify with inputs of the shapes that were traced"
             )
-        copies = [tensor.detach().clone() for tensor in results]
+        try:
+            copies = [tensor.detach().clone() for tensor in results]
+        except RuntimeError:
+            copies = None
+        if before is None or copies is None:
+            self.results.untestable.append(Claim("shape", op.name, source=op.source, why="its arrays cannot be copied"))
+            return
         with torch.random.fork_rng(devices=[]):  # so that the module draws what it drew when it was traced
             test_op(self.circuit, op, func, before, copies, self.results, self.generator)
 
@@ -171,7 +183,11 @@ class _Calm(Recorder):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             made = func(*args, **kwargs)
-        return None, made.fill_(made.flatten()[0]) if made.numel() else made
+        if not made.numel():
+            return None, made
+        with transforms.outside():
+            first = transforms.whole(made).flatten()[0]
+        return None, made.fill_(first)
 
 
 def _permutations(

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from circuitlab.trace import compose, nest, rules
+from circuitlab.trace import compose, nest, packed, rules, transforms
 from circuitlab.trace.calls import writes
-from circuitlab.trace.events import Event, Operand, Recording, Value, tensors_in
+from circuitlab.trace.events import Event, Operand, Packed, Recording, Value, tensors_in
 from circuitlab.trace.guard import to_meta
 from circuitlab.trace.shapes import quick
 
@@ -51,6 +51,7 @@ LARGE = 1 << 20
 _LEAVING = frozenset("item tolist bool float int index complex numpy array equal allclose is_nonzero".split())
 """Functions that give numbers to Python, where we cannot follow them."""
 
+_PLAIN = getattr(torch.Tensor, "__torch_dispatch__", None)
 _KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
 
 
@@ -59,21 +60,22 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype)[6:]
 
 
-class _Entry:
-    """What is known of one live tensor object: its value now, what it is a view of, and on meta, where it depends on
-    no input and no parameter, its numbers."""
+class Entry:
+    """What is known of one live tensor object: its value now, what it is a view of (with no view: the same array), and
+    on meta, where it depends on no input and no parameter, its numbers; and levels, see `circuitlab.trace.transforms`."""
 
-    __slots__ = ("number", "parent", "real", "ref", "seen", "value", "version", "view")
+    __slots__ = ("levels", "number", "parent", "real", "ref", "seen", "value", "version", "view")
 
     def __init__(self, ref: Any, value: Value) -> None:
         self.ref = ref
         self.value = value
         self.version = 0
-        self.parent: _Entry | None = None
+        self.parent: Entry | None = None
         self.view: Event | None = None
         self.number = 0
         self.seen = 0
         self.real: torch.Tensor | None = None
+        self.levels: transforms.Levels = ()
 
 
 class Recorder(TorchFunctionMode):
@@ -97,11 +99,12 @@ class Recorder(TorchFunctionMode):
         block = nest.Building("", title, "root", nest.class_source(type(root)))
         self.nest = nest.Nesting(block, nest.package_of(type(root)))
         self.recording = Recording(block, device="meta" if meta else "live")
-        self.entries: dict[int, _Entry] = {}
+        self.entries: dict[int, Entry] = {}
         self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.outside: set[int] = set()  # twins of tensors that were there before
         self.foreign: set[int] = set()  # tensors from where we cannot see
         self.constants = constants
+        self.packs: dict[int, tuple[torch.ScriptObject, Packed | None]] = {}
         self.state: dict[int, tuple[str, str]] = {}
         for kind, named in (("buffer", root.named_buffers()), ("parameter", root.named_parameters())):
             for name, tensor in named:
@@ -115,14 +118,15 @@ class Recorder(TorchFunctionMode):
 
     def add(self, tensor: torch.Tensor, name: str, kind: str) -> Value:
         """A new value that this tensor object holds from now on."""
-        value = Value(name, tuple(tensor.shape), str(tensor.dtype)[6:], kind)
+        value = Value(name, transforms.shape_of(tensor), str(tensor.dtype)[6:], kind)
+        value.odd = "" if getattr(type(tensor), "__torch_dispatch__", None) is _PLAIN else type(tensor).__name__
         self.recording.values.append(value)
         self._bind(tensor, value)
         return value
 
-    def _bind(self, tensor: torch.Tensor, value: Value) -> _Entry:
+    def _bind(self, tensor: torch.Tensor, value: Value) -> Entry:
         key = id(tensor)
-        entry = _Entry(weakref.ref(tensor, lambda _, key=key: self._gone(key)), value)
+        entry = Entry(weakref.ref(tensor, lambda _, key=key: self._gone(key)), value)
         self.entries[key] = entry
         return entry
 
@@ -132,18 +136,21 @@ class Recorder(TorchFunctionMode):
         if entry is not None:
             entry.value.gone = len(self.recording.events)
 
-    def entry(self, tensor: torch.Tensor) -> _Entry:
+    def entry(self, tensor: torch.Tensor) -> Entry:
         """The entry of a tensor object, made now if it was never seen: a parameter, a buffer, a constant."""
         entry = self.entries.get(id(tensor))
         if entry is None or entry.ref() is not tensor:
             name, kind = self.state.get(id(tensor), ("", ""))
-            if not kind and id(tensor) in self.constants:
+            inner = transforms.inner_of(tensor)
+            if inner is not None:
+                transforms.wrapped(self, tensor, *inner)
+            elif not kind and id(tensor) in self.constants:
                 name, kind = self.constants[id(tensor)], "constant"
             elif not kind and self.meta and id(tensor) in self.outside:
                 name, kind = "constant", "constant"  # it was there with numbers, and the inputs have none
             if kind:
                 self.add(tensor, self._name(name), kind)
-            else:
+            elif inner is None:
                 self._untracked(tensor)
             entry = self.entries[id(tensor)]
         self._refresh(entry)
@@ -164,6 +171,11 @@ class Recorder(TorchFunctionMode):
         value = self.add(tensor, "", "value")
         self._event(Event("untracked", rules.opaque, (), {}, [], [value], block, self.nest.source()))
 
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor object was seen before, or is the module's."""
+        entry = self.entries.get(id(tensor))
+        return (entry is not None and entry.ref() is tensor) or id(tensor) in self.state or id(tensor) in self.constants
+
     def _event(self, event: Event) -> None:
         count = event.block.counts[event.fn] = event.block.counts.get(event.fn, 0) + 1
         name = f"{event.block.name}.{event.fn}" if event.block.name else event.fn
@@ -181,44 +193,53 @@ class Recorder(TorchFunctionMode):
 
     # views and writes ---------------------------------------------------------------------------------
 
-    def _refresh(self, entry: _Entry) -> None:
+    def _refresh(self, entry: Entry) -> None:
         """Read a view anew if what it is a view of was written to since."""
         parent, view = entry.parent, entry.view
-        if parent is None or view is None:
+        if parent is None:
             return
         self._refresh(parent)
         if entry.seen == parent.version:
             return
-        entry.view = self._replay(view, parent.value)
-        entry.value = entry.view.outs[entry.number]
+        if view is None:
+            entry.value = parent.value
+        else:
+            entry.view = self._replay(view, parent.value)
+            entry.value = entry.view.outs[entry.number]
         entry.real = None
         entry.seen = parent.version
         entry.version += 1
 
     def _replay(self, view: Event, base: Value) -> Event:
         """The same view of another value."""
-        swap = {operand.slot: Operand(operand.slot, operand.value) for operand in view.operands}
-        swap[0] = Operand(0, base)
+        swap = {operand.slot: Operand(operand.slot, operand.value, operand.levels) for operand in view.operands}
+        swap[0] = Operand(0, base, swap[0].levels)
         args, kwargs = _swap(view.args, swap), _swap(view.kwargs, swap)
         outs = [Value("", out.shape, out.dtype, "value") for out in view.outs]
         self.recording.values.extend(outs)
         operands = [swap[slot] for slot in sorted(swap)]
-        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source, func=view.func, packed=view.packed)
+        event = Event(view.fn, view.rule, args, kwargs, operands, outs, view.block, view.source, func=view.func, packed=view.packed,
+                      levels=view.levels)
         self._event(event)
         return event
 
-    def _written(self, entry: _Entry, block: nest.Building) -> None:
+    def _written(self, entry: Entry, block: nest.Building) -> None:
         """A tensor object was written to: whatever it is a view of changes with it."""
         entry.version += 1
         parent = entry.parent
         if parent is None:
             return
-        out = Value("", parent.value.shape, parent.value.dtype, "value")
-        self.recording.values.append(out)
-        operands = [Operand(0, parent.value), Operand(1, entry.value)]
-        args = (entry.view, *operands)
-        number = {"number": entry.number}
-        self._event(Event("write", rules.write, args, number, operands, [out], block, self.nest.source()))
+        out = entry.value
+        if entry.view is not None:
+            out = Value("", parent.value.shape, parent.value.dtype, "value")
+            self.recording.values.append(out)
+            levels = entry.view.levels[entry.number : entry.number + 1]
+            operands = [Operand(0, parent.value, entry.view.operands[0].levels), Operand(1, entry.value, *levels)]
+            args = (entry.view, *operands)
+            number = {"number": entry.number}
+            event = Event("write", rules.write, args, number, operands, [out], block, self.nest.source())
+            event.levels = (operands[0].levels,) if levels else ()
+            self._event(event)
         parent.value = out
         parent.real = None
         self._written(parent, block)
@@ -230,6 +251,10 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if type(func) is transforms.Told:
+            if func.__name__ in compose.REPLACEMENTS:
+                return self._composite(func.__name__, compose.REPLACEMENTS[func.__name__], args, kwargs)
+            return transforms.left(self, args) if func.__name__ == transforms.LEAVES else transforms.box(self, func, args, kwargs)
         plan = _plans.get(func)
         if plan is None:
             plan = _plans[func] = _plan(func)
@@ -258,10 +283,12 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         template = self._template(args, operands)
         named = self._template({k: v for k, v in kwargs.items() if k != "out"}, operands) if kwargs else {}
+        packed.put_last(operands)
         real: list[torch.Tensor] | None = None
         before: Any = None
+        under = transforms.running() and any(operand.levels for operand in operands)
         if self.meta:
-            result, real = self._on_meta(name, func, args, kwargs)
+            result, real = self._on_meta(name, func, args, kwargs, operands if under else None)
         else:
             before, result = self.call(name, func, args, kwargs)
         if name == "setitem":
@@ -283,10 +310,14 @@ class Recorder(TorchFunctionMode):
             return result
         event = self._record(func, name, rule, template, named, operands, args, kwargs, tensors)
         event.packed = not plain and name != "setitem"
-        self.after(event, func, before, tensors)
+        if transforms.running():
+            with transforms.outside():
+                self.after(event, transforms.mapped_of(event) if event.levels else func, *transforms.wholes((before, tensors)))
+        else:
+            self.after(event, func, before, tensors)
         if real is not None and len(real) == len(tensors):
-            for tensor, number in zip(tensors, real, strict=True):
-                self.entries[id(tensor)].real = number if number.shape == tensor.shape else None
+            for tensor, out, number in zip(tensors, event.outs, real, strict=True):
+                self.entries[id(tensor)].real = number if number.shape == out.shape else None
         return result if name != "setitem" else None
 
     def _record(
@@ -302,12 +333,18 @@ class Recorder(TorchFunctionMode):
         tensors: list[torch.Tensor],
     ) -> Event:
         block = self.nest.here(sys._getframe(2))
-        outs = [Value("", tuple(tensor.shape), _dtype(tensor.dtype), "value") for tensor in tensors]
+        running = transforms.running()
+        shapes = [transforms.shape_of(tensor) if running else tuple(tensor.shape) for tensor in tensors]
+        outs = [Value("", shape, _dtype(tensor.dtype), "value") for shape, tensor in zip(shapes, tensors, strict=True)]
         self.recording.values.extend(outs)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if name == "as_strided" and (first is None or not first.is_contiguous() or first.storage_offset()):
             rule = rules.opaque  # it reads memory that is not all of this array
         event = Event(name, rule, template, named, operands, outs, block, self.nest.source(), func=func)
+        if running:
+            levels = tuple(transforms.levels_of(tensor) for tensor in tensors)
+            under = any(levels) or any(operand.levels for operand in operands)
+            event.levels = levels if under else ()
         self._event(event)
         for number, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
             known = self.entries.get(id(tensor))
@@ -319,6 +356,7 @@ class Recorder(TorchFunctionMode):
                     self._written(known, block)
                 continue
             entry = self._bind(tensor, out)
+            entry.levels = event.levels[number] if event.levels else ()
             if first is not None and name in _VIEWS and _same_memory(tensor, first):
                 entry.parent = self.entries.get(id(first))
                 entry.view = event
@@ -355,11 +393,14 @@ class Recorder(TorchFunctionMode):
     def _template(self, value: Any, operands: list[Operand]) -> Any:
         """The same structure with an `Operand` for each tensor."""
         if isinstance(value, torch.Tensor):
-            operand = Operand(len(operands), self.entry(value).value)
+            entry = self.entry(value)
+            operand = Operand(len(operands), entry.value, entry.levels)
             operands.append(operand)
             return operand
         if type(value) in (tuple, list, torch.Size):
             return type(value)(self._template(item, operands) for item in value) if value else value
+        if isinstance(value, torch.ScriptObject):
+            return packed.operand(self, value, operands)
         if type(value) is dict:
             return {key: self._template(item, operands) for key, item in value.items()}
         if type(value) is slice and any(isinstance(v, torch.Tensor) for v in (value.start, value.stop, value.step)):
@@ -378,13 +419,19 @@ class Recorder(TorchFunctionMode):
             args = tuple("meta" if isinstance(a, torch.device) or _is_device(a) else a for a in args)
         return args, kwargs
 
-    def _on_meta(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor] | None]:
+    def _on_meta(
+        self, name: str, func: Any, args: Any, kwargs: Any, under: list[Operand] | None
+    ) -> tuple[Any, list[torch.Tensor] | None]:
         """The call on meta tensors, and its numbers where it depends on no input and no parameter.
 
         Control flow over positions, masks and the like needs such numbers; they are small, and computed on the CPU.
+        ``under`` are the operands of a call under ``vmap``.
         """
         numbers = self._numbers(name, args, kwargs)
-        known = quick(name, args, kwargs)
+        if under is not None:
+            result = func(*args, **kwargs)
+            return result, None if numbers is None else transforms.numbers(func, under, numbers, args[0] if result is None else result)
+        known = None if transforms.running() else quick(name, args, kwargs)
         if numbers is None:
             return func(*args, **kwargs) if known is None else known, None
         try:
@@ -443,7 +490,7 @@ class Recorder(TorchFunctionMode):
             twin = to_meta(tensor)
             known = self.twins[id(tensor)] = (tensor, twin)
             self.outside.add(id(twin))
-            if tensor.numel() <= LARGE and tensor.device.type == "cpu":
+            if tensor.numel() <= LARGE and tensor.device.type == "cpu" and transforms.inner_of(tensor) is None:
                 self.real[id(twin)] = tensor
             if id(tensor) in self.entries:
                 self._bind(twin, self.entries[id(tensor)].value)
@@ -495,11 +542,11 @@ _plans: dict[Any, tuple[str, Any, Callable[..., Any] | None]] = {}
 def _plan(func: Any) -> tuple[str, Any, Callable[..., Any] | None]:
     """Name, rule, and for composites the function to run in its place."""
     name = rules.name_of(func)
-    replacement = compose.REPLACEMENTS.get(name)
+    replacement = compose.REPLACEMENTS.get(name) or compose.before_relu(func, name)
     if replacement is not None:
         return name, None, replacement
     rule = rules.lookup(func, name)
-    if rule is rules.opaque:
+    if rule is rules.opaque and func is not torch.autograd.grad:  # of which the body says nothing
         entered = _entered(func)
         if entered is not None:
             return name, None, entered
@@ -528,6 +575,7 @@ def _has_array(value: Any) -> bool:
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     try:
+        a, b = transforms.bare(a), transforms.bare(b)
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return False

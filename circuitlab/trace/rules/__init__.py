@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from circuitlab.trace.events import Event, Operand
-from circuitlab.trace.rules import algebra, contract, index, pointwise, recurrent, shape, spatial
+from circuitlab.trace.rules import algebra, contract, index, lift, pointwise, quantised, recurrent, shape, spatial
 from circuitlab.trace.rules.pattern import Letter, NoRuleError, Pattern
 from circuitlab.trace.wires import ClashError, Wires
 
@@ -143,6 +143,7 @@ _NAMES: dict[Rule, str] = {
     spatial.as_strided: "as_strided",
     spatial.fold: "fold",
     index.getitem: "getitem",
+    index.indexed: "index",
     index.setitem: "setitem",
     index.embedding: "embedding",
     index.embedding_bag: "embedding_bag",
@@ -181,6 +182,10 @@ _NAMES: dict[Rule, str] = {
     recurrent.pack: "_pack_padded_sequence",
     recurrent.unpack: "_pad_packed_sequence",
     recurrent.pad: "pad_sequence",
+    quantised.rounded: "quantize_per_tensor quantize_per_tensor_dynamic fake_quantize_per_tensor_affine int_repr "
+    "_fake_quantize_learnable_per_tensor_affine",
+    quantised.per_channel: "quantize_per_channel fake_quantize_per_channel_affine _fake_quantize_learnable_per_channel_affine",
+    quantised.observed: "fused_moving_avg_obs_fake_quant",
 }
 
 TABLE: dict[str, Rule] = dict.fromkeys(pointwise.POINTWISE, pointwise.pointwise)
@@ -222,7 +227,7 @@ def lookup(func: Any, name: str) -> Rule:
     if isinstance(func, types.FunctionType) and not module.startswith("torch"):
         return opaque
     if isinstance(func, (torch_op_packet, torch_op)) and not str(func).startswith("aten"):
-        return opaque
+        return quantised.OPS.get(name, opaque) if str(func).startswith("quantized.") else opaque
     if set(module.split(".")) & _SAME_NAME and not module.endswith("linalg"):
         return opaque
     if name in ("batch_norm", "instance_norm"):
@@ -236,6 +241,8 @@ def lookup(func: Any, name: str) -> Rule:
 
 def apply(w: Wires, event: Event) -> Pattern:
     """The pattern of an event; the opaque one where its rule does not cover it or does not fit the shapes."""
+    if event.levels:
+        return lift.apply(w, event, apply)
     mark = w.mark()
     try:
         kwargs = {_KEYWORDS.get(key, key): value for key, value in event.kwargs.items()}

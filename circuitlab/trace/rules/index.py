@@ -222,6 +222,11 @@ def getitem(w: Wires, event: Event, input: Operand, index: Any) -> Pattern:
     return pattern
 
 
+def indexed(w: Wires, event: Event, input: Operand, indices: Any) -> Pattern:
+    """``aten.index``: getitem with an array, or None for all, for each dimension."""
+    return getitem(w, event, input, tuple(slice(None) if item is None else item for item in indices))
+
+
 def setitem(w: Wires, event: Event, input: Operand, index: Any, value: Any) -> Pattern:
     """``x[index] = value``: x with some entries replaced; dimensions that the index leaves whole pass."""
     if isinstance(index, Operand) and index.value.dtype == "bool" and index.ndim:
