@@ -15,7 +15,7 @@ from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
 from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.metrics import width as text_width
 from circuitlab.diagram.notes import describe, notes_of, tinted
-from circuitlab.diagram.outputs import left_out_note, main_part
+from circuitlab.diagram.outputs import main_part
 from circuitlab.diagram.pen import Pen, number
 from circuitlab.diagram.place import Places, place
 from circuitlab.diagram.reduce import Reducer
@@ -55,8 +55,8 @@ def draw(
         batch: whether wires of kind "batch" are drawn.
         width: rows are wrapped at about this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
-        outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and says so
-            below the drawing; "all" draws them.
+        outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and what no
+            output needs, and says so below the drawing; "all" draws them.
 
     Raises:
         InputError: an unknown block, a negative depth, or an overlay of things that are not there.
@@ -70,16 +70,16 @@ def draw(
         circuit.block(name)
     if outputs not in ("main", "all"):
         raise InputError(f"outputs={outputs!r} is neither 'main' nor 'all'")
-    shown, left_out = circuit[block] if block else circuit, ()
+    shown, note = circuit[block] if block else circuit, ""
     if outputs == "main":
-        shown, left_out = main_part(shown)
+        shown, note = main_part(shown)
     drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch).drawing()
     page = _Page(shown, drawing, place(drawing), width)
     long = page.long_bands()
     if long:
         raise_flags(drawing, long)
         page = _Page(shown, drawing, place(drawing), width)
-    page.draw(left_out_note(left_out))
+    page.draw(note)
     marks = page.pen.plates + page.pen.marks
     if overlay:
         marks = tinted(marks, overlay, circuit, page.height + 8)
@@ -187,6 +187,8 @@ class _Page:
                 if self._labelled(band):
                     gaps[at] = max(gaps[at], self.pen.label_width(track, (id(band), n) in self.sized) + 16
                                    + self._offset(band.source))
+            if band.source.kind == "merge" and len(band.source.label) > 1:
+                gaps[at] = max(gaps[at], text_width(band.source.label, 12, "label") + 14)
         for name, nodes in self.members.items():
             if nodes and self.drawing.plates[name][1] > 1:
                 first, last = self._columns(nodes)
@@ -208,27 +210,30 @@ class _Page:
         return min(at), max(at)
 
     def _rows(self) -> list[_Row]:
-        wide = self._widths()
-        breaks = self._breaks(wide)
+        breaks = self._breaks(self._widths())
         if len(breaks) > 1:
             breaks = self._late(breaks)
             self.places.wrap(self.drawing, breaks)
             self.by_column = self._by_column()
-            wide = self._widths()
+        wide = self._node_widths()
         rows = [_Row(number, first, last) for number, (first, last) in enumerate(breaks)]
         self.left, self.right = [0.0] * len(wide), [0.0] * len(wide)
         gaps = self.gaps = self._gap_widths()
+        for row in rows[:-1]:
+            gaps[row.last] = max(gaps[row.last], 36.0)  # room for the labels of what goes on
         for row in rows:
             x = _MARGIN + (_LEAD if row.first else 8.0)
             for column in range(row.first, row.last + 1):
-                self.left[column], self.right[column] = x, x + wide[column] - gaps[column]
-                x += wide[column]
+                self.left[column], self.right[column] = x, x + wide[column]
+                x += wide[column] + gaps[column]
         return rows
+
+    def _node_widths(self) -> list[float]:
+        return [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
 
     def _widths(self) -> list[float]:
         """Widths of columns with the gap that follows each."""
-        nodes = [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
-        return [node + gap for node, gap in zip(nodes, self._gap_widths(), strict=True)]
+        return [node + gap for node, gap in zip(self._node_widths(), self._gap_widths(), strict=True)]
 
     def _breaks(self, wide: list[float]) -> list[tuple[int, int]]:
         """The rows that cut the fewest wires and are not too empty: first and last column of each."""
@@ -336,6 +341,9 @@ class _Page:
                 self.pen.label(x0 + 2, y, track, False)
             if not ends_here:
                 self.pen.head(x1, y)
+                wide = self.pen.label_width(track, False)
+                if starts_here and not self._labelled(band) and x1 - x0 > wide + 8:
+                    self.pen.label(x1 - wide - 4, y, track, False)
 
     def _tuples(self, row: _Row) -> None:
         """A dashed line between arrays from where both are there to where one operation takes them together."""
@@ -365,7 +373,9 @@ class _Page:
             return None
         first, last = self._columns(inside)
         left = self.left[first] - 5 - self._room(name, inside, first, 22.0)
+        words = [n.label for n in inside if n.kind == "merge" and len(n.label) > 1 and self.column[id(n)] == last]
         right = self.right[last] + 5 + self._room(name, inside, last, 30.0)
+        right += max((text_width(word, 12, "label") + 4 for word in words), default=0.0)
         return left, right, self.places.top[name, row.number], self.places.bottom[name, row.number]
 
     def _room(self, name: str, nodes: list[Node], column: int, counted: float) -> float:

@@ -54,11 +54,12 @@ class Places:
 def place(drawing: Drawing) -> Places:
     """Find columns, order and heights, in one row."""
     apart: list[tuple[Node, Node]] = []
-    together: list[tuple[Node, list[Band]]] = []
+    led = [(node, [band for band in bands if _is_led(band, node)]) for node, bands in drawing.routed]
+    drawing.routed = [(node, bands) for node, bands in led if bands]
     for _ in range(8):
         column = _columns(drawing, apart)
         order = _order(drawing, column)
-        for node, bands in together:
+        for node, bands in drawing.routed:
             beyond = {id(band): order[id(_beyond(band, node))] for band in bands}
             anchors = [order[id(band)] for band in node.ins if id(band) not in beyond] or list(beyond.values())
             middle = statistics.median(anchors)
@@ -69,7 +70,7 @@ def place(drawing: Drawing) -> Places:
         if not clashes and not routes:
             break
         apart += clashes
-        together += routes
+        drawing.routed += routes
     else:
         column = _columns(drawing, apart)
         order = _order(drawing, column)

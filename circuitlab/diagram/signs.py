@@ -20,7 +20,11 @@ class Sign:
 
 
 _GREEK = {"sigmoid": "σ", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "tanh": "tanh", "mul": "×", "sub": "−",
-          "div": "÷", "add": "+", "exp": "exp", "rsqrt": "1/√", "pow": "pow", "sqrt": "√", "neg": "−"}
+          "div": "÷", "add": "+", "exp": "exp", "rsqrt": "1/√", "pow": "pow", "sqrt": "√", "neg": "−",
+          "eq": "=", "ne": "≠", "lt": "<", "le": "≤", "gt": ">", "ge": "≥", "logical_not": "not", "logical_and": "and",
+          "logical_or": "or", "bitwise_not": "not", "bitwise_and": "and", "bitwise_or": "or"}
+_BINARY = frozenset("mul add sub div pow eq ne lt le gt ge".split())
+_REVERSED = {"rsub": "−", "rdiv": "÷", "rtruediv": "÷", "rpow": "^"}
 _REDUCTIONS = {"mean": "𝔼", "sum": "Σ", "amax": "Max", "max": "Max", "amin": "Min", "min": "Min", "nanmean": "𝔼",
                "prod": "Π", "adaptive_avg_pool1d": "𝔼", "adaptive_avg_pool2d": "𝔼", "adaptive_avg_pool3d": "𝔼",
                "adaptive_max_pool1d": "Max", "adaptive_max_pool2d": "Max", "logsumexp": "LSE"}
@@ -143,8 +147,10 @@ def _elementwise(circuit: Circuit, op: Op, block: Block | None, static: frozense
     if block is not None and block.kind == "module" and op.fn not in ("mul", "add", "sub", "div"):
         return Sign("elementwise", _name(block))
     scalar = op.attrs.get("scalar")
-    if op.fn in ("mul", "add", "sub", "div", "pow") and isinstance(scalar, (int, float)):
+    if op.fn in _BINARY and isinstance(scalar, (int, float)):
         return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {scalar:.3g}")
+    if op.fn in _REVERSED and isinstance(scalar, (int, float)):  # the number comes first
+        return Sign("elementwise", f"{scalar:.3g} {_REVERSED[op.fn]}")
     return Sign("elementwise", _GREEK.get(op.fn, op.fn))
 
 

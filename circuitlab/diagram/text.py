@@ -7,7 +7,7 @@ import unicodedata
 from circuitlab.circuit import Circuit
 from circuitlab.diagram.drawing import Band, Drawing, Node
 from circuitlab.diagram.labels import block_title
-from circuitlab.diagram.outputs import left_out_note, main_part
+from circuitlab.diagram.outputs import main_part
 from circuitlab.diagram.reduce import Reducer
 
 _SILENT = {"input", "output", "copy", "route"}
@@ -21,7 +21,7 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
         depth: levels of blocks to unfold; 0 is one line.
         width: lines are cut at this many characters.
     """
-    circuit, left_out = main_part(circuit)
+    circuit, note = main_part(circuit)
     drawing = Reducer(circuit, depth=depth, opened=frozenset(), closed=frozenset(), batch=True).drawing()
     rows: list[tuple[str, str, str]] = []
     open_plates: tuple[str, ...] = ()
@@ -35,8 +35,8 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
         open_plates = node.plates
         rows.append(("  " * len(node.plates) + _label(node), _acts(drawing.signs, node), _passes(drawing.signs, node)))
     lines = _table(circuit, drawing, rows, width)
-    if left_out:
-        lines.append(f"  {left_out_note(left_out)}")
+    if note:
+        lines.append(f"  {note}")
     return "\n".join(lines) + "\n"
 
 
