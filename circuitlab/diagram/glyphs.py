@@ -39,8 +39,7 @@ def node_width(node: Node, places: Places) -> float:
         return max(_plate_width(node), bend)
     if node.kind == "block":
         return max(label + 26.0, 56.0) + (30.0 if node.count > 1 else 0) + sum(room(node, places))
-    least = 58.0 if node.kind == "softmax" else 0.0
-    return max(_plate_width(node), least) + sum(room(node, places))
+    return (58.0 if node.kind == "softmax" else _plate_width(node)) + sum(room(node, places))
 
 
 def _plate_width(node: Node) -> float:
@@ -254,6 +253,8 @@ def _free_height(spot: Spot, y0: float, y1: float) -> float:
     """A height between two, in a large gap between the wires that pass there, near the middle."""
     middle = (y0 + y1) / 2
     taken = sorted(sorted((spot.track(a, i), spot.track(b, o))) for a, i, b, o in spot.node.passes)
+    if spot.node.kind in OVER:
+        taken = sorted([wire.y, wire.y] for wire in crossings(spot.node, spot.places))
     gaps: list[tuple[float, float]] = []
     at = y0
     for low, high in taken:
@@ -350,7 +351,11 @@ def _block(pen: Pen, spot: Spot) -> None:
     left, right = spot.edges
     _leads(pen, spot, left, right)
     low, high = _extent(spot, 16.0)
-    if high - low < 38:
+    passing = not any(node.acted(band) for band in (*node.ins, *node.outs))
+    if passing:  # everything passes over it: the title stands above
+        heights = [wire.y for wire in crossings(node, spot.places)]
+        low, high = min(heights, default=0.0) - 34.0, max(heights, default=0.0) + 8.0
+    elif high - low < 38:
         middle = (low + high) / 2
         low, high = middle - 19, middle + 19
     pen.path(f"M{number(left)} {number(low)}L{number(left + 5)} {number(low - 5)}H{number(right + 5)}"
@@ -358,7 +363,8 @@ def _block(pen: Pen, spot: Spot) -> None:
              width=0.9)
     pen.add(Mark("rect", "block", id=node.block, x=left, y=low, w=right - left, h=high - low, stroke="edge",
                  fill="block", width=0.9))
-    pen.text((left + right) / 2, _free_height(spot, low, high) + 4, node.label, size=12, font="title")
+    middle = low + 9 if passing else _free_height(spot, low, high)
+    pen.text((left + right) / 2, middle + 4, node.label, size=12, font="title")
     if many:
         ys = spot.all_heights
         parentheses(pen, left - 10, right + 18, min([*ys, low]) - 18, max([*ys, high]) + 10, node.count)

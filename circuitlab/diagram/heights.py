@@ -8,6 +8,7 @@ Where the drawing is wrapped into rows, what goes on in the next row has new hei
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ _BAND_GAP = 30.0
 _CLEAR = 8.0
 _TITLE = 18.0
 _FLOATING = {"copy", "route", "merge", "elementwise", "mask", "input", "output"}
-_HEAD = {"block": 9.0, "elementwise": 28.0, "mask": 32.0, "merge": 26.0, "input": 20.0, "output": 20.0, "contract": 20.0}
+_HEAD = {"block": 40.0, "elementwise": 28.0, "mask": 32.0, "merge": 26.0, "input": 20.0, "output": 20.0, "contract": 20.0}
 _PAD = {"block": 20.0, "linear": 14.0, "embedding": 14.0, "conv": 13.0, "box": 14.0, "opaque": 14.0, "pool": 13.0,
         "norm": 9.0, "softmax": 11.0, "index": 10.0, "bar": 8.0}
 _BELOW = {"softmax": 24.0}
@@ -163,9 +164,11 @@ class Heights:
             self._below(top, bottom, head + 12.0)
         else:
             self._glyph(node, acted)
+        several = Counter(end for a, i, b, o in node.passes for end in ((id(a), i), (id(b), o)))
         for a, i, b, o in node.passes:
             weight = 2.0  # what must bend, bends where it branches and joins
-            if node.kind in ("copy", "merge", "route"):
+            joint = node.kind in ("block", "box", "opaque") and max(several[id(a), i], several[id(b), o]) > 1
+            if joint or node.kind in ("copy", "merge", "route"):
                 weight = 6.0 if node.kind != "route" and self._is_skip(node, a, b) else 0.5
             self._level(self._at(a, node)[i], self._at(b, node)[o], weight)
         for one, other in _followed(node):
@@ -209,15 +212,15 @@ class Heights:
                 self._below(self.top[id(node), row], variable, 44.0 if counted else 18.0)
                 self._below(variable, self.bottom[id(node), row], 10.0)
         self._below(top, bottom, 2 * pad)
-        self._below(self.top[id(node), row], top, _HEAD.get(node.kind, 4.0) + (42.0 if counted else 0.0))
+        self._below(self.top[id(node), row], top, (9.0 if node.kind == "block" else _HEAD.get(node.kind, 4.0)) + (42.0 if counted else 0.0))
         self._below(bottom, self.bottom[id(node), row], 16.0 if counted else 2.0)
         self._pull(top, -0.01)
         self._pull(bottom, 0.012)
 
     def _is_skip(self, node: Node, a: Band, b: Band) -> bool:
         """The branch of a copy, or operand of a sum, that goes the longest way: the residual stream."""
-        rivals = node.outs if node.kind == "copy" else node.ins
-        mine = b if node.kind == "copy" else a
+        parts = len(node.ins) == 1
+        rivals, mine = (node.outs, b) if parts else (node.ins, a)
         return mine is max(rivals, key=lambda band: (self._span(band), self.order[id(band)]))
 
     def _span(self, band: Band) -> int:

@@ -199,11 +199,11 @@ class _Page:
 
     def _offset(self, node: Node) -> float:
         """How far right of a node its labels begin: beside a plus sign, or a closing parenthesis."""
-        closes = node.count > 1 and node.kind == "block"
+        closes = False
         for name, nodes in self.members.items():
             if self.drawing.plates[name][1] > 1 and name in node.plates:
                 closes |= self.column[id(node)] == self._columns(nodes)[1]
-        return 32.0 if closes and node.kind != "block" else 12.0 if node.kind == "merge" else 0.0
+        return 32.0 if closes else 12.0 if node.kind == "merge" else 0.0
 
     def _columns(self, nodes: list[Node]) -> tuple[int, int]:
         at = [self.column[id(node)] for node in nodes]
@@ -281,11 +281,12 @@ class _Page:
         for band in self.drawing.bands:
             change[self.column[id(band.source)]] += max(len(band.tracks), 1)
             change[self.column[id(band.target)]] -= max(len(band.tracks), 1)
-        for nodes in self.members.values():
+        for name, nodes in self.members.items():
             if nodes:
                 first, last = self._columns(nodes)
-                change[first] += 3.0
-                change[last] -= 3.0
+                weight = 9.0 if self.drawing.plates[name][1] > 1 else 3.0
+                change[first] += weight
+                change[last] -= weight
         return list(itertools.accumulate(change[:total]))
 
     def _extent(self, row: _Row) -> tuple[float, float]:
@@ -392,10 +393,11 @@ class _Page:
         block, count = self.drawing.plates[name]
         nodes = self.members[name]
         level = nodes[0].plates.index(name)
-        self.pen.plates.append(Mark("rect", "plate", id=name, block=name, x=left, y=top, w=right - left, h=bottom - top,
+        shown = name if name in self.drawing.foldable else ""  # steps of a loop are no block
+        self.pen.plates.append(Mark("rect", "plate", id=shown, block=shown, x=left, y=top, w=right - left, h=bottom - top,
                                     r=5, fill=f"plate{level % 5}", opacity=0.75))
         title = _shortened(block_title(name, block.title), right - left - 8)
-        self.pen.plates.append(Mark("text", "title", block=name, x=left + 5, y=top + 13, text=title, font="title",
+        self.pen.plates.append(Mark("text", "title", block=shown, x=left + 5, y=top + 13, text=title, font="title",
                                     size=11, anchor="start", fill="ink"))
         if count < 2:
             return

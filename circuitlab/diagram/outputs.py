@@ -81,8 +81,7 @@ def _outputs_note(circuit: Circuit, out: set[str]) -> str:
 
 def _idle_note(circuit: Circuit, idle: list[Op]) -> str:
     """Of the last of these ops, as that is what the others are for."""
-    count = len(idle)
-    if not count:
+    if not idle:
         return ""
-    return f"{count} operation{' that no output needs is' if count == 1 else 's that no output needs are'} not drawn, " \
-           f"such as {idle[-1].fn} in {idle[-1].source}"
+    words = "operation that no output needs is" if len(idle) == 1 else "operations that no output needs are"
+    return f"{len(idle)} {words} not drawn, such as {idle[-1].fn} in {idle[-1].source}"

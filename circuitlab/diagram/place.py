@@ -188,6 +188,7 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
         reached -= set(node.plates)
         for name in node.plates:
             after.setdefault(name, set()).update(other for other in reached if name not in around[other])
+    feeds = _feeds(drawing)
     column: dict[int, int] = {}
     ends: dict[str, int] = {}
     for _ in range(8 if apart else 1):  # until nothing moves: a may come after b in the run
@@ -195,6 +196,7 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
         for node in drawing.nodes:
             before = [column[id(band.source)] for band in node.ins]
             before += [ends[other] for name in node.plates for other in after.get(name, ()) if other in ends]
+            before += [column[key] for name in node.plates for key in feeds[name]]
             before += [known[id(a)] for a in later.get(id(node), ()) if id(a) in known]
             column[id(node)] = max(before, default=-1) + 1
             for name in node.plates:
@@ -210,6 +212,21 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
         if not node.ins and node.outs:
             column[id(node)] = min(column[id(band.target)] for band in node.outs) - 1
     return column
+
+
+def _feeds(drawing: Drawing) -> dict[str, list[int]]:
+    """For each plate the nodes (by id) that stand to its left: those before it whose arrays it takes."""
+    number = {id(node): n for n, node in enumerate(drawing.nodes)}
+    members: dict[str, list[Node]] = {}
+    for node in drawing.nodes:
+        for name in node.plates:
+            members.setdefault(name, []).append(node)
+    found: dict[str, list[int]] = {}
+    for name, nodes in members.items():
+        first = number[id(nodes[0])]
+        sources = [id(band.source) for node in nodes for band in node.ins if name not in band.source.plates]
+        found[name] = [key for key in dict.fromkeys(sources) if number[key] < first]
+    return found
 
 
 def _order(drawing: Drawing, column: dict[int, int]) -> dict[int, float]:

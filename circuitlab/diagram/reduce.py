@@ -6,13 +6,15 @@ read off the ops' axes: nothing here guesses.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from circuitlab.circuit import Axis, Block, Circuit, Op
+from circuitlab.diagram.bundles import bundles
 from circuitlab.diagram.drawing import Band, Drawing, Node, Occurrence, Track
 from circuitlab.diagram.labels import labels
-from circuitlab.diagram.repeats import fold_repeats
+from circuitlab.diagram.repeats import Repeats, is_silent
 from circuitlab.diagram.signs import part_of, sign_of
 
 
@@ -57,6 +59,9 @@ class Reducer:
         self.aliases: dict[str, str] = {}
         self.plates: dict[str, tuple[Block, int]] = {}
         self.foldable: dict[str, str] = {}
+        self.stepped: set[str] = set()
+        self.bundles: dict[str, str] = {}
+        self.bundled: dict[str, int] = {}
         self._seen: dict[str, tuple[str, dict[tuple[int, int], Occurrence]]] = {}
 
     def drawing(self) -> Drawing:
@@ -84,13 +89,15 @@ class Reducer:
         return [op for op in ops if not self._hidden(op)]
 
     def _hidden(self, op: Op) -> bool:
-        if _silent(op):
+        if is_silent(op):
             return True
         return bool(op.outputs) and all(name in self.static for name in op.outputs)
 
     def _units(self, block: Block, level: int, plates: tuple[str, ...]) -> list[_Unit]:
         units: list[_Unit] = []
-        items, counts = fold_repeats(self.circuit, block, self.static, self.aliases, self.canonical)
+        folded = Repeats(self.circuit, self.static, self.aliases, self.canonical).fold(block)
+        items, counts = folded.items, folded.counts
+        self.stepped |= folded.stepped
         self._seen.clear()
         large = [i for i in items if isinstance(i, Block) and not self._is_glyph(i) and self._live(self._ops(i))]
         for item, count in zip(items, counts, strict=True):
@@ -102,10 +109,14 @@ class Reducer:
             ops = self._live(self._ops(item))
             if not ops:
                 continue
+            if item.kind == "loop":
+                self.plates[item.name] = (item, count)
+                units.extend(self._units(item, level, (*plates, item.name)))
+                continue
             if self._is_glyph(item):
                 units.append(_Unit(ops, item, plates, folded=False, count=count))
                 continue
-            free = (item.kind == "function" and self._worth_seeing(item)) or (len(large) == 1 and count == 1)
+            free = (item.kind == "function" and self._worth_seeing(item)) or (len(large) == 1 and count == 1 and block.kind != "loop")
             if self._is_open(item, level, free):
                 self.foldable[item.name] = "open"
                 inner = plates if self._is_wrapper(item) and count == 1 else (*plates, item.name)
@@ -162,7 +173,7 @@ class Reducer:
         found: dict[str, Op] = {}
         for reader in self.circuit.consumers.get(name, ()):
             op = self.circuit.op(reader)
-            if _silent(op):
+            if is_silent(op):
                 found.update({o.name: o for out in op.outputs for o in self._readers(out)})
             else:
                 found[op.name] = op
@@ -222,7 +233,7 @@ class Reducer:
             return True
         for reader in self.circuit.consumers.get(name, ()):
             op = self.circuit.op(reader)
-            if _silent(op):
+            if is_silent(op):
                 if any(self._read_outside(out, inside) for out in op.outputs):
                     return True
             elif reader not in inside:
@@ -246,7 +257,7 @@ class Reducer:
             return found
         tensor = self.circuit.tensor(name)
         op = self.circuit.op(tensor.op) if tensor.op else None
-        if op is None or not _silent(op) or not op.inputs:
+        if op is None or not is_silent(op) or not op.inputs:
             own = {(d, f): (name, d, f) for d, dim in enumerate(tensor.dims) for f in range(len(dim))}
             self._seen[name] = (name, own)
             return self._seen[name]
@@ -277,15 +288,22 @@ class Reducer:
         wires = self.circuit.wires
         if not self.batch:
             found = [pair for pair in found if wires[pair[0]].kind != "batch"]
-        found.sort(key=lambda pair: _RANK.get(wires[pair[0]].kind, 2))
+        keys: list[tuple[int, int, int, int, str]] = []
+        count: Counter[str] = Counter()
+        for at, (wire, _) in enumerate(found):
+            together = self.bundles.get(wire, "")
+            number = self.bundled.setdefault(together, len(self.bundled)) if together else at  # one order in all arrays
+            group = together or wires[wire].group
+            keys.append((_RANK.get(wires[wire].kind, 2), not together, count[wire], number, group))
+            count[wire] += 1
         tracks: list[Track] = []
-        for wire, place in found:
-            last = tracks[-1] if tracks else None
-            group = wires[wire].group
-            if last and group and wires[last.wires[-1]].group == group and wire not in last.wires:
-                tracks[-1] = Track((*last.wires, wire), (*last.places, place))
+        group = ""
+        for (*_, mine), _, (wire, place) in sorted(zip(keys, range(len(found)), found, strict=True)):
+            if tracks and group and mine == group and wire not in tracks[-1].wires:
+                tracks[-1] = Track((*tracks[-1].wires, wire), (*tracks[-1].places, place))
             else:
                 tracks.append(Track((wire,), (place,)))
+            group = mine
         return tracks
 
     # nodes --------------------------------------------------------------------------------------------
@@ -319,6 +337,8 @@ class Reducer:
         sign = sign_of(self.circuit, unit.ops[:1] if unit.makes else unit.ops, unit.block, self.static)
         if unit.makes:
             sign = part_of(sign, *unit.part)
+        if sign.kind == "index" and unit.ops[0].name in self.stepped:
+            sign = replace(sign, label="λ")  # another entry in each repeat
         return Node(
             sign.kind,
             sign.label,
@@ -348,6 +368,7 @@ class Reducer:
             reads[id(node)] = names
             for name in names:
                 readers.setdefault(name, []).append(node)
+        self.bundles = bundles(self.circuit, readers)
         bands: list[Band] = []
         copies: list[tuple[Node, Node]] = []
         band_of: dict[tuple[str, int], Band] = {}
@@ -461,12 +482,6 @@ class _Classes:
         a, b = self.find(one), self.find(other)
         if a != b:
             self.parent[b] = a
-
-
-def _silent(op: Op) -> bool:
-    """Whether an op gives back the numbers that it got: reindexing, dropout in evaluation, a factor of one."""
-    one = op.fn in ("mul", "div") and op.attrs.get("scalar") == 1 and len(op.inputs) == 1
-    return op.kind == "reindex" or op.attrs.get("active") is False or one
 
 
 def _static(circuit: Circuit) -> frozenset[str]:
