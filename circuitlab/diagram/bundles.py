@@ -1,11 +1,12 @@
-"""Positions that are always together, and that every operation treats alike, are drawn as one line: windows of an image."""
+"""Wires that are always together, and always treated alike, are drawn as one line: windows of an image, groups of channels."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from circuitlab.circuit import Circuit
+from circuitlab.diagram.drawing import Band, Node
 from circuitlab.diagram.repeats import is_silent
 
 
@@ -37,3 +38,42 @@ def bundles(circuit: Circuit, shown: Iterable[str]) -> dict[str, str]:
             alike = frozenset(Counter(where).items()), frozenset(Counter(roles[name]).items())
             found[wire.group or wire.origin, alike].append(name)
     return {name: names[0] for names in found.values() if len(names) > 1 for name in names}
+
+
+def factors(circuit: Circuit, nodes: Sequence[Node], bands: Sequence[Band]) -> dict[str, str]:
+    """Factors of one dimension that nothing in a drawing tells apart: channels that only folded blocks see as groups.
+
+    Returns:
+        wire name -> name of the first wire of its dimension. They are next to each other in all arrays shown, of one
+        kind, and end at the same glyphs.
+    """
+    following: dict[str, set[str]] = defaultdict(set)
+    preceding: dict[str, set[str]] = defaultdict(set)
+    for name in {band.tensor for band in bands}:
+        for dim in circuit.tensor(name).dims:
+            for one, other in zip(("", *dim), (*dim, ""), strict=True):
+                following[one].add(other)
+                preceding[other].add(one)
+    ends: dict[str, Counter[tuple[int, int, bool]]] = defaultdict(Counter[tuple[int, int, bool]])
+    for node in nodes:
+        for band in (*node.ins, *node.outs):
+            acted = set(node.acted(band))
+            for number, track in enumerate(band.tracks):
+                for wire in track.wires:
+                    ends[wire][id(node), id(band), number in acted] += 1
+    single = {track.wires[0] for band in bands for track in band.tracks if len(track.wires) == 1}
+    found: dict[str, str] = {}
+    for one, its in ends.items():
+        other = next(iter(following[one])) if len(following[one]) == 1 else ""
+        if not other or one == other or preceding[other] != {one} or not {one, other} <= single:
+            continue
+        if circuit.wires[one].kind == circuit.wires[other].kind and its == ends[other]:
+            found[one] = other
+    starts = [name for name in found if name not in found.values()]
+    chains: dict[str, str] = {}
+    for start in starts:
+        name = start
+        while name:
+            chains[name] = start
+            name = found.get(name, "")
+    return chains

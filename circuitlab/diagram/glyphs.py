@@ -217,7 +217,7 @@ def _contract(pen: Pen, spot: Spot) -> None:
     for (a, i), (b, j) in node.pairs:
         y0, y1 = sorted((spot.track(a, i), spot.track(b, j)))
         paired |= {(id(a), i), (id(b), j)}
-        for offset in (-1.7, 1.7) if len(a.tracks[i].wires) > 1 else (0.0,):
+        for offset in pen.lines(a.tracks[i]):
             _arc(pen, spot.left, apex + offset, y0 - offset, y1 + offset, a.tracks[i].wires[0])
         y = _free_height(spot, y0, y1)
         pen.path(f"M{number(apex)} {number(y)}H{number(apex + 9)}", "glyph")

@@ -359,7 +359,7 @@ class _Page:
                 x0 = self.right[begin] if begin >= row.first else self.left[row.first] - _LEAD
                 low, high = self._span(above, row)[1], self._span(below, row)[0]
                 if high - low >= 20:
-                    y = low + 9.5 if older is above else high - 20.5
+                    y = low + 8.0 if older is above else high - 22.0
                     quiet = node.kind == "merge"
                     self.pen.path(f"M{number(x0)} {number(y)}H{number(self.left[end])}", "dash",
                                   stroke="quiet" if quiet else "ink", dash=(7.0, 5.0), width=1.0 if quiet else 1.4)

@@ -6,12 +6,13 @@ read off the ops' axes: nothing here guesses.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from circuitlab.circuit import Axis, Block, Circuit, Op
-from circuitlab.diagram.bundles import bundles
+from circuitlab.diagram.bundles import bundles, factors
 from circuitlab.diagram.drawing import Band, Drawing, Node, Occurrence, Track
 from circuitlab.diagram.labels import labels
 from circuitlab.diagram.repeats import Repeats, is_silent
@@ -37,7 +38,8 @@ class _Unit:
 
 
 _RANK = {"batch": 9, "position": 0, "spatial": 0, "head": 5, "group": 6, "": 3}
-_SIMPLE = {"elementwise", "reindex", "create"}
+_SOON = 2
+"""Readers of an array this many nodes after the first share its copy."""
 _QUIET_FUNCTIONS = {"linear", "contract", "softmax", "conv", "embedding", "box"}
 
 
@@ -61,6 +63,7 @@ class Reducer:
         self.foldable: dict[str, str] = {}
         self.stepped: set[str] = set()
         self.bundles: dict[str, str] = {}
+        self.factors: dict[str, str] = {}
         self.bundled: dict[str, int] = {}
         self._seen: dict[str, tuple[str, dict[tuple[int, int], Occurrence]]] = {}
 
@@ -73,6 +76,10 @@ class Reducer:
             self.foldable[root.name] = "closed"
         nodes, made = self._nodes(units)
         bands = self._bands(nodes, made)
+        self.factors = factors(self.circuit, nodes, bands)
+        if self.factors:
+            nodes, made = self._nodes(units)
+            bands = self._bands(nodes, made)
         shown = [track.wires for node in nodes for band in node.outs for track in band.tracks]
         signs = labels(self.circuit.wires, shown)
         drawing = Drawing(nodes, bands, self.plates, self.foldable, signs)
@@ -291,9 +298,9 @@ class Reducer:
         keys: list[tuple[int, int, int, int, str]] = []
         count: Counter[str] = Counter()
         for at, (wire, _) in enumerate(found):
-            together = self.bundles.get(wire, "")
+            together = self.bundles.get(wire, "")  # factors are next to each other as it is
             number = self.bundled.setdefault(together, len(self.bundled)) if together else at  # one order in all arrays
-            group = together or wires[wire].group
+            group = together or self.factors.get(wire, "") or wires[wire].group
             keys.append((_RANK.get(wires[wire].kind, 2), not together, count[wire], number, group))
             count[wire] += 1
         tracks: list[Track] = []
@@ -370,42 +377,51 @@ class Reducer:
                 readers.setdefault(name, []).append(node)
         self.bundles = bundles(self.circuit, readers)
         bands: list[Band] = []
-        copies: list[tuple[Node, Node]] = []
         band_of: dict[tuple[str, int], Band] = {}
+        depth = self._depths(nodes, reads, made)
         for name, found in readers.items():
-            source = made[name]
-            tracks = self.tracks(name)
-            if len(found) > 1:
-                plates = found[0].plates
-                for reader in found[1:]:
-                    plates = _common(plates, reader.plates)
-                copy = Node("copy", plates=plates)
-                trunk = Band(name, tracks, source, copy)
-                bands.append(trunk)
-                copies.append((copy, source))
-                last = max(found, key=lambda reader: order[id(reader)])
-                for reader in found:
-                    branch = Band(name, tracks, copy, reader, main=reader is last)
-                    bands.append(branch)
-                    band_of[name, id(reader)] = branch
-                    copy.passes.extend((trunk, n, branch, n) for n in range(len(tracks)))
-            else:
-                band = Band(name, tracks, source, found[0])
-                bands.append(band)
-                band_of[name, id(found[0])] = band
+            source, tracks = made[name], self.tracks(name)
+            groups = _groups(sorted(found, key=lambda node: depth[id(node)]), depth)
+            for number, group in enumerate(groups):
+                rest = list(itertools.chain(*groups[number:]))
+                if len(rest) > 1:  # a copy; of those who read it much later, another one later
+                    plates = rest[0].plates
+                    for reader in rest[1:]:
+                        plates = _common(plates, reader.plates)
+                    copy = Node("copy", plates=plates)
+                    nodes.insert(nodes.index(source) + 1, copy)
+                    trunk = self._branch(Band(name, tracks, source, copy))
+                    copy.ins.append(trunk)
+                    bands.append(trunk)
+                    source = copy
+                last = max(rest, key=lambda reader: order[id(reader)])
+                for reader in group:
+                    band = band_of[name, id(reader)] = self._branch(Band(name, tracks, source, reader))
+                    band.main = reader is last
+                    bands.append(band)
         for node in list(nodes):
             if id(node) in reads:
                 node.ins = [band_of[name, id(node)] for name in reads[id(node)]]
-        for copy, source in copies:
-            nodes.insert(nodes.index(source) + 1, copy)
-        for band in bands:
-            band.source.outs.append(band)
-            if band.target.kind == "copy":
-                band.target.ins.append(band)
         for node in nodes:
             if node.kind not in ("input", "output", "copy"):
                 self._join(node)
         return bands
+
+    def _branch(self, band: Band) -> Band:
+        """Add a band to what leaves its source; where that is a copy, all tracks pass."""
+        band.source.outs.append(band)
+        if band.source.kind == "copy":
+            trunk = band.source.ins[0]
+            band.source.passes.extend((trunk, n, band, n) for n in range(len(band.tracks)))
+        return band
+
+    def _depths(self, nodes: list[Node], reads: dict[int, list[str]], made: dict[str, Node]) -> dict[int, int]:
+        """How many nodes there are before each, on the longest way; outputs come last."""
+        depth: dict[int, int] = {}
+        for node in nodes:
+            depth[id(node)] = 1 + max((depth[id(made[name])] for name in reads.get(id(node), ())), default=-1)
+        last = max(depth.values(), default=0)
+        return {id(node): last + 9 if node.kind == "output" else depth[id(node)] for node in nodes}
 
     def _reads(self, unit: _Unit, made: dict[str, Node], node: Node) -> list[str]:
         """The arrays that a unit takes from elsewhere, in order."""
@@ -492,6 +508,20 @@ def _static(circuit: Circuit) -> frozenset[str]:
         if fresh or (op.kind not in ("opaque", "random") and all(name in static for name in op.inputs)):
             static.update(op.outputs)
     return frozenset(static)
+
+
+def _groups(readers: list[Node], depth: dict[int, int]) -> list[list[Node]]:
+    """Readers of one array that share a copy: those that come soon after each other. The last is never alone but of two."""
+    groups: list[list[Node]] = []
+    for reader in readers:
+        if groups and depth[id(reader)] <= depth[id(groups[-1][0])] + _SOON:
+            groups[-1].append(reader)
+        else:
+            groups.append([reader])
+    if len(groups) > 1 and len(groups[-1]) == 1:
+        last = groups.pop()
+        groups[-1] += last
+    return groups
 
 
 def _common(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ class Repeats:
         lines: list[int] = []
         for item in self.items[at : at + period]:
             line = re.search(r":(\d+)$", self.circuit.op(item).source) if isinstance(item, str) else None
-            lines.append(int(line[1]) if line else 1 << 30)
+            lines.append(int(line[1]) if line else lines[-1] if lines else 1 << 30)  # a call is on the line before it
         first = min(lines)
         return next((at + n for n in range(period) if lines[n] == first != lines[n - 1]), at)
 
@@ -235,7 +235,7 @@ class Repeats:
             if op.kind == "reindex":
                 for out in op.outputs:
                     found |= self._readers(out)
-            else:
+            elif not op.outputs or any(out not in self.static for out in op.outputs):  # zeros_like(x) does not read x
                 found.add(reader)
         return found
 

@@ -93,7 +93,7 @@ def _map_name(circuit: Circuit, op: Op, block: Block | None) -> str:
     if "head_size" in kinds.get("contracted", ()):
         return "O"
     if block is not None and block.kind == "module" and block.name:
-        return letter_of(f"{block.name}.weight")
+        return letter_of(f"{block.name.split('#')[0]}.weight")
     return letter_of(_parameter(circuit, op))
 
 
