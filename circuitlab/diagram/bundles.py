@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from circuitlab.circuit import Circuit
+from circuitlab.circuit import Circuit, Op
 from circuitlab.diagram.drawing import Band, Node
 from circuitlab.diagram.repeats import is_silent
 
@@ -40,13 +40,21 @@ def bundles(circuit: Circuit, shown: Iterable[str]) -> dict[str, str]:
     return {name: names[0] for names in found.values() if len(names) > 1 for name in names}
 
 
-def factors(circuit: Circuit, nodes: Sequence[Node], bands: Sequence[Band]) -> dict[str, str]:
+def factors(circuit: Circuit, nodes: Sequence[Node], bands: Sequence[Band], ops: Iterable[Op]) -> dict[str, str]:
     """Factors of one dimension that nothing in a drawing tells apart: channels that only folded blocks see as groups.
+
+    Args:
+        circuit, nodes, bands: what is drawn.
+        ops: those that have a glyph of their own, and are not within a folded block.
 
     Returns:
         wire name -> name of the first wire of its dimension. They are next to each other in all arrays shown, of one
-        kind, and end at the same glyphs.
+        kind, end at the same glyphs, and have the same roles there.
     """
+    roles: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter[tuple[str, str]])
+    for op in ops:
+        for axis in op.axes:
+            roles[axis.wire][op.name, axis.role] += 1
     following: dict[str, set[str]] = defaultdict(set)
     preceding: dict[str, set[str]] = defaultdict(set)
     for name in {band.tensor for band in bands}:
@@ -67,7 +75,8 @@ def factors(circuit: Circuit, nodes: Sequence[Node], bands: Sequence[Band]) -> d
         other = next(iter(following[one])) if len(following[one]) == 1 else ""
         if not other or one == other or preceding[other] != {one} or not {one, other} <= single:
             continue
-        if circuit.wires[one].kind == circuit.wires[other].kind and its == ends[other]:
+        kinds = circuit.wires[one].kind, circuit.wires[other].kind
+        if kinds[0] == kinds[1] and its == ends[other] and roles[one] == roles[other]:
             found[one] = other
     starts = [name for name in found if name not in found.values()]
     chains: dict[str, str] = {}

@@ -70,16 +70,16 @@ def draw(
         circuit.block(name)
     if outputs not in ("main", "all"):
         raise InputError(f"outputs={outputs!r} is neither 'main' nor 'all'")
-    shown, note = circuit[block] if block else circuit, ""
+    shown, notes = circuit[block] if block else circuit, ()
     if outputs == "main":
-        shown, note = main_part(shown)
+        shown, notes = main_part(shown)
     drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch).drawing()
     page = _Page(shown, drawing, place(drawing), width)
     long = page.long_bands()
     if long:
         raise_flags(drawing, long)
         page = _Page(shown, drawing, place(drawing), width)
-    page.draw(note)
+    page.draw(notes)
     marks = page.pen.plates + page.pen.marks
     if overlay:
         marks = tinted(marks, overlay, circuit, page.height + 8)
@@ -133,8 +133,8 @@ class _Page:
             standing[self.column[id(node)]].append(node)
         return standing
 
-    def draw(self, note: str = "") -> None:
-        """Put the marks on paper, and a note below them."""
+    def draw(self, notes: tuple[str, ...] = ()) -> None:
+        """Put the marks on paper, and notes below them."""
         rows = self._rows()
         y = _MARGIN
         for row in rows:
@@ -150,10 +150,10 @@ class _Page:
         ends = [self.right[row.last] + (self.gaps[row.last] + 8.0 if row is not rows[-1] else 10.0) for row in rows]
         counts = [m.x + 22.0 for m in self.pen.marks if m.role in ("count", "title")]
         self.width = max([*ends, *counts, 40.0]) + _MARGIN
-        if note:
-            self.pen.text(_MARGIN, self.height + 6, note, size=11, fill="quiet", anchor="start", role="note")
+        for line in notes:
+            self.pen.text(_MARGIN, self.height + 6, line, size=11, fill="quiet", anchor="start", role="note")
             self.height += 20.0
-            self.width = max(self.width, text_width(note, 11, "title") + 2 * _MARGIN)
+            self.width = max(self.width, text_width(line, 11, "title") + 2 * _MARGIN)
 
     def long_bands(self) -> list[Band]:
         """Arrays that would run through a whole row, from one before it to one after it."""
@@ -358,7 +358,7 @@ class _Page:
                 begin = self.column[id(older.source)]
                 x0 = self.right[begin] if begin >= row.first else self.left[row.first] - _LEAD
                 low, high = self._span(above, row)[1], self._span(below, row)[0]
-                if high - low >= 20:
+                if high - low >= 20 and self.left[end] - x0 >= 24:
                     y = low + 8.0 if older is above else high - 22.0
                     quiet = node.kind == "merge"
                     self.pen.path(f"M{number(x0)} {number(y)}H{number(self.left[end])}", "dash",

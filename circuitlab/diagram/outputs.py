@@ -10,7 +10,7 @@ from circuitlab.circuit import Block, Circuit, Op
 _FAMILY = 3
 
 
-def main_part(circuit: Circuit) -> tuple[Circuit, str]:
+def main_part(circuit: Circuit) -> tuple[Circuit, tuple[str, ...]]:
     """The circuit without its families of further outputs, and without what no output needs.
 
     A family is three or more outputs of one shape, made by the same line of code (the hidden states or attention
@@ -19,18 +19,18 @@ def main_part(circuit: Circuit) -> tuple[Circuit, str]:
     only steers Python (a warning about padding, a choice by ``.item()``), or is thrown away.
 
     Returns:
-        the circuit, and a note of what was left out, "" if nothing was.
+        the circuit, and notes of what was left out.
     """
     out = _further(circuit)
     outputs = tuple(name for name in circuit.outputs if name not in out)
     every, needed = _needed(circuit, circuit.outputs), _needed(circuit, outputs)
     idle = [op for op in circuit.ops if op.name not in every and op.kind != "reindex"] if outputs else []
     if not out and not idle:
-        return circuit, ""
+        return circuit, ()
     kept = tuple(op for op in circuit.ops if op.name in needed)
     returns = tuple(path for n, path in zip(circuit.outputs, circuit.returns, strict=False) if n not in out)
     shown = replace(circuit, ops=kept, root=_pruned(circuit.root, needed), outputs=outputs, returns=returns)
-    return shown, "; ".join(filter(None, (_outputs_note(circuit, out), _idle_note(circuit, idle))))
+    return shown, tuple(filter(None, (_outputs_note(circuit, out), _idle_note(circuit, idle))))
 
 
 def _further(circuit: Circuit) -> set[str]:
@@ -84,4 +84,4 @@ def _idle_note(circuit: Circuit, idle: list[Op]) -> str:
     if not idle:
         return ""
     words = "operation that no output needs is" if len(idle) == 1 else "operations that no output needs are"
-    return f"{len(idle)} {words} not drawn, such as {idle[-1].fn} in {idle[-1].source}"
+    return f"{len(idle)} {words} not drawn, such as {idle[-1].fn} in {idle[-1].source.rpartition('/')[2]}"

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from circuitlab.diagram.drawing import Band, Node
 from circuitlab.diagram.place import Places
 
-OVER = frozenset({"block", "box", "opaque", "pool", "linear", "conv", "embedding", "index",
-                  "reduce", "softmax"})
+OVER = frozenset({"block", "box", "opaque", "pool", "linear", "conv", "embedding", "index", "reduce", "softmax"})
 """Glyphs that what passes is seen to pass over."""
 
 End = tuple[Band, int]
@@ -27,7 +26,7 @@ def crossings(node: Node, places: Places) -> list[Crossing]:
     """The wires that pass over a glyph.
 
     Where several arrays share an index their wires meet before the glyph, and part after it. Between two heights the wire
-    bends before the glyph, or after it, whichever leaves the glyph uncovered.
+    bends before the glyph, or after it, whichever leaves the glyph uncovered; if neither does, before.
     """
     row = places.row(node)
 
@@ -38,9 +37,9 @@ def crossings(node: Node, places: Places) -> list[Crossing]:
     low, high = min(acted, default=0.0) - 1.0, max(acted, default=0.0) + 1.0
     found: list[Crossing] = []
     for ins, outs in _classes(node):
-        after, before = height(outs[0]), height(ins[0])
-        parts = len(ins) == 1 and (len(outs) > 1 or (low < after < high and not low < before < high))
-        found.append(Crossing(tuple(ins), tuple(outs), before if parts else after))
+        ends = [*outs, *ins] if len(ins) > 1 or len(outs) == 1 else [*ins, *outs]
+        heights = [height(end) for end in ends]
+        found.append(Crossing(tuple(ins), tuple(outs), next((y for y in heights if not low < y < high), heights[0])))
     return found
 
 

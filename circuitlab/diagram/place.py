@@ -207,9 +207,9 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
     for node in drawing.nodes:
         if node.kind == "output":
             column[id(node)] = last
-    # what begins a path (an input) stands right before it is used, and so does a later copy of an array
+    # what begins a path (an input) stands right before it is used, and so do its copy, and a later copy of an array
     for node in reversed(drawing.nodes):
-        if node.outs and (not node.ins or (node.kind == "copy" and node.ins[0].source.kind == "copy")):
+        if node.outs and (not node.ins or (node.kind == "copy" and node.ins[0].source.kind in ("copy", "input"))):
             column[id(node)] = min(column[id(band.target)] for band in node.outs) - 1
     return column
 

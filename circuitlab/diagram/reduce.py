@@ -76,7 +76,8 @@ class Reducer:
             self.foldable[root.name] = "closed"
         nodes, made = self._nodes(units)
         bands = self._bands(nodes, made)
-        self.factors = factors(self.circuit, nodes, bands)
+        glyphs = [op for unit in units if not unit.folded for op in unit.ops]
+        self.factors = factors(self.circuit, nodes, bands, glyphs)
         if self.factors:
             nodes, made = self._nodes(units)
             bands = self._bands(nodes, made)
@@ -113,6 +114,8 @@ class Reducer:
                 if not self._hidden(op):
                     units.append(_Unit([op], None, plates, folded=False))
                 continue
+            while self._is_wrapper(item):
+                item = next(i for i in item.items if isinstance(i, Block) and not self._is_empty(i))
             ops = self._live(self._ops(item))
             if not ops:
                 continue

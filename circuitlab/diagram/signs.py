@@ -54,9 +54,10 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
         return Sign("pool", f"{'Max' if 'max' in op.fn else '𝔼'} {_window(op)}", "", _stride(op))
     if op.kind == "embedding":
         return Sign("embedding", "E")
+    if op.kind == "index" and len(op.outputs) > 1:  # unbind takes apart
+        return Sign("bar")
     if op.kind == "index":
-        index = op.attrs.get("index", "")
-        return Sign("index", _index(index))
+        return Sign("index", _index(op.attrs.get("index", "")))
     if op.kind == "norm":
         return Sign("norm", _norm_name(op, block))
     if op.kind == "softmax":

@@ -22,7 +22,7 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
         depth: levels of blocks to unfold; 0 is one line.
         width: lines are cut at this many characters.
     """
-    circuit, note = main_part(circuit)
+    circuit, notes = main_part(circuit)
     drawing = Reducer(circuit, depth=depth, opened=frozenset(), closed=frozenset(), batch=True).drawing()
     rows: list[tuple[str, str, str]] = []
     open_plates: tuple[str, ...] = ()
@@ -36,8 +36,7 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
         open_plates = node.plates
         rows.append(("  " * len(node.plates) + _label(node), _acts(drawing.signs, node), _passes(drawing.signs, node)))
     lines = _table(circuit, drawing, rows, width)
-    if note:
-        lines.append(f"  {note}")
+    lines += [f"  {note}" for note in notes]
     return "\n".join(lines) + "\n"
 
 
