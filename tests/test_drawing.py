@@ -94,9 +94,8 @@ def test_nested_outputs_are_further_ones():
 
 
 def test_groups_of_channels_are_one_line_where_nothing_tells_them_apart():
-    inner = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3))
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), inner, nn.Conv2d(8, 2, 3)).eval()
-    circuit = cl.trace(model, torch.randn(2, 3, 9, 9))
+    inner = [nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, width, 3)) for width in (8, 5)]
+    circuit = cl.trace(nn.Sequential(nn.Conv2d(3, 8, 3), *inner).eval(), torch.randn(2, 3, 9, 9))
 
     def lines(depth):
         first = next(node for node in drawing_of(circuit, depth).nodes if node.kind == "conv")
