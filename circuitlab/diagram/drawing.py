@@ -74,10 +74,14 @@ class Node:
 
 @dataclass
 class Drawing:
-    """Nodes in order, bands, and the plates (unfolded blocks) with how often each is repeated, and the signs of wires."""
+    """Nodes in order, bands, and the plates (unfolded blocks) with how often each is repeated, and the signs of wires.
+
+    ``routed`` are glyphs whose bands were led to them side by side, with those bands.
+    """
 
     nodes: list[Node]
     bands: list[Band]
     plates: dict[str, tuple[Block, int]]
     foldable: dict[str, str]
     signs: dict[str, str]
+    routed: list[tuple[Node, list[Band]]] = field(default_factory=list["tuple[Node, list[Band]]"])

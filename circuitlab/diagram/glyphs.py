@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from circuitlab.diagram.drawing import Band, Node
 from circuitlab.diagram.metrics import width
+from circuitlab.diagram.passing import OVER, crossings, curve, room
 from circuitlab.diagram.pen import Pen, number
 from circuitlab.diagram.place import Places
 from circuitlab.diagram.scene import Mark
@@ -16,36 +17,29 @@ _FLOATING = {"elementwise", "mask"}
 def node_width(node: Node, places: Places) -> float:
     """How wide a node's column must be."""
     spot = Spot(node, 0.0, 0.0, places)
-    bend = max(
-        (abs(spot.track(a, i) - spot.track(b, o)) for a, i, b, o in node.passes), default=0.0
-    )
-    curve = min(max(bend * 0.45, 0.0), 64.0) + (14.0 if bend > 1 else 0.0)
+    bend = curve(max((abs(spot.track(a, i) - spot.track(b, o)) for a, i, b, o in node.passes), default=0.0))
     label = width(node.label, 12, "title")
     if node.kind in ("input", "output"):
         return width(node.upper, 11, "title") + 12.0 if node.upper else 8.0
     if node.kind in ("copy", "route"):
-        return max(12.0, curve)
+        return max(12.0, bend)
     if node.kind in _FLOATING:
-        return max(26.0 if node.kind == "mask" else label + 32.0, curve)
+        return max(26.0 if node.kind == "mask" else label + 32.0, bend)
     if node.kind == "merge":
-        return max(18.0, curve)
-    if node.kind == "linear":
-        return max(_plate_width(node), curve + 14)
+        return max(18.0, bend)
     if node.kind == "contract":
-        return _arc_width(node) + curve
-    if node.kind == "block":
-        return max(label + 26.0, 56.0) + (30.0 if node.count > 1 else 0)
-    if node.kind == "softmax":
-        return max(58.0, curve)
+        return _arc_width(node) + bend
     if node.kind == "norm":
-        return max(34.0 if sum(len(node.acted(band)) for band in node.ins) < 2 else 62.0, curve)
-    if node.kind == "conv":
-        return max(_plate_width(node), curve)
+        return max(34.0 if sum(len(node.acted(band)) for band in node.ins) < 2 else 62.0, bend)
     if node.kind == "bar":
-        return 22.0 + curve
+        return 22.0 + bend
     if node.kind in ("save", "load"):
         return width(node.label, 15) + 14.0
-    return max(_plate_width(node), curve)
+    if node.kind not in OVER:
+        return max(_plate_width(node), bend)
+    if node.kind == "block":
+        return max(label + 26.0, 56.0) + (30.0 if node.count > 1 else 0) + sum(room(node, places))
+    return (58.0 if node.kind == "softmax" else _plate_width(node)) + sum(room(node, places))
 
 
 def _plate_width(node: Node) -> float:
@@ -55,6 +49,18 @@ def _plate_width(node: Node) -> float:
     if node.kind == "embedding":
         return 30.0
     return max(width(node.label + node.lower, 12, "title") + (22.0 if node.kind == "conv" else 18.0), 34.0)
+
+
+def _half(node: Node) -> float:
+    """Half the width of a glyph, without the room beside it."""
+    label = node.label
+    if node.kind == "softmax":
+        return 10.0
+    if node.kind == "index":
+        return max(width(label, 11, "title") + 10, 20) / 2
+    if node.kind == "reduce":
+        return (width(label, 15, "label") if len(label) <= 6 else width(label, 12, "title")) / 2 + 2
+    return _plate_width(node) / 2 - (6.0 if node.kind in ("linear", "embedding") else 4.0)
 
 
 @dataclass
@@ -76,8 +82,19 @@ class Spot:
 
     @property
     def middle(self) -> float:
-        """Centre of the column."""
-        return (self.left + self.right) / 2
+        """Centre of the column, between the bends."""
+        before, after = room(self.node, self.places)
+        return (self.left + before + self.right - after) / 2
+
+    @property
+    def edges(self) -> tuple[float, float]:
+        """Left and right of a glyph that wires pass over."""
+        if self.node.kind == "block":
+            before, after = room(self.node, self.places)
+            many = self.node.count > 1
+            return self.left + before + (18.0 if many else 3.0), self.right - after - (22.0 if many else 7.0)
+        half = _half(self.node)
+        return self.middle - half, self.middle + half
 
     def heights(self, bands: list[Band]) -> list[float]:
         """Heights of the tracks of some bands that end or begin here."""
@@ -96,7 +113,7 @@ def draw_node(pen: Pen, spot: Spot) -> None:
         _terminal(pen, spot)
         return
     start = len(pen.marks)
-    over = node.kind in ("block", "box", "opaque", "pool", "linear", "conv")  # what passes is seen to pass over
+    over = node.kind in OVER
     if not over and node.kind not in ("contract", "bar"):
         _passing(pen, spot)
     draw = {
@@ -106,8 +123,7 @@ def draw_node(pen: Pen, spot: Spot) -> None:
     }.get(node.kind, _box)
     draw(pen, spot)
     if over:
-        _passing(pen, spot)
-
+        _over(pen, spot)
     name = node.op or node.block
     for at in range(start, len(pen.marks)):
         mark = pen.marks[at]
@@ -137,6 +153,21 @@ def _passing(pen: Pen, spot: Spot) -> None:
         met.add((id(b), o))
 
 
+def _over(pen: Pen, spot: Spot) -> None:
+    """Wires that pass over a glyph, with a dot where they meet before it, or part after it."""
+    left, right = spot.edges
+    for wire in crossings(spot.node, spot.places):
+        (a, i), (b, o) = wire.ins[0], wire.outs[0]
+        begin, end = (spot.left, spot.track(a, i)), (spot.right, spot.track(b, o))
+        pen.wire(b.tracks[o], [begin, (left, wire.y), (right, wire.y), end])
+        for a, i in wire.ins[1:]:
+            pen.wire(a.tracks[i], [(spot.left, spot.track(a, i)), (left, wire.y)])
+            pen.dot(left, wire.y, a.tracks[i])
+        for b, o in wire.outs[1:]:
+            pen.wire(b.tracks[o], [(right, wire.y), (spot.right, spot.track(b, o))])
+            pen.dot(right, wire.y, b.tracks[o])
+
+
 def _leads(pen: Pen, spot: Spot, left: float, right: float) -> None:
     """Wires that end at the glyph's left edge, or begin at its right edge."""
     for band in spot.node.ins:
@@ -162,8 +193,10 @@ def _merge(pen: Pen, spot: Spot) -> None:
             pen.dot(spot.right, spot.track(band, n), track)
     if spot.node.outs:
         y = min(spot.ys(band)[0] for band in spot.node.outs)
-        short = len(spot.node.label) < 2
-        pen.text(spot.right, y - (9 if short else 21), spot.node.label, size=17 if short else 12, font="label")
+        if len(spot.node.label) < 2:
+            pen.text(spot.right, y - 9, spot.node.label, size=17, font="label")
+        else:  # a word stands over the label of the wire, where nothing bends
+            pen.text(spot.right + 6, y - 24, spot.node.label, size=12, font="label", anchor="start")
 
 
 def _contract(pen: Pen, spot: Spot) -> None:
@@ -184,7 +217,7 @@ def _contract(pen: Pen, spot: Spot) -> None:
     for (a, i), (b, j) in node.pairs:
         y0, y1 = sorted((spot.track(a, i), spot.track(b, j)))
         paired |= {(id(a), i), (id(b), j)}
-        for offset in (-1.7, 1.7) if len(a.tracks[i].wires) > 1 else (0.0,):
+        for offset in pen.lines(a.tracks[i]):
             _arc(pen, spot.left, apex + offset, y0 - offset, y1 + offset, a.tracks[i].wires[0])
         y = _free_height(spot, y0, y1)
         pen.path(f"M{number(apex)} {number(y)}H{number(apex + 9)}", "glyph")
@@ -220,6 +253,8 @@ def _free_height(spot: Spot, y0: float, y1: float) -> float:
     """A height between two, in a large gap between the wires that pass there, near the middle."""
     middle = (y0 + y1) / 2
     taken = sorted(sorted((spot.track(a, i), spot.track(b, o))) for a, i, b, o in spot.node.passes)
+    if spot.node.kind in OVER:
+        taken = sorted([wire.y, wire.y] for wire in crossings(spot.node, spot.places))
     gaps: list[tuple[float, float]] = []
     at = y0
     for low, high in taken:
@@ -269,13 +304,11 @@ def _extent(spot: Spot, pad: float) -> tuple[float, float]:
 
 def _linear(pen: Pen, spot: Spot) -> None:
     node = spot.node
-    x = spot.middle
-    half = _plate_width(node) / 2 - 6
-    left, right = x - half, x + half
+    x, (left, right) = spot.middle, spot.edges
     _leads(pen, spot, left, right)
     low, high = _extent(spot, 13.0)
     fill = "linear" if node.kind == "linear" else "conv"
-    pen.add(Mark("rect", "glyph", x=left, y=low, w=2 * half, h=high - low, r=4, fill=fill))
+    pen.add(Mark("rect", "glyph", x=left, y=low, w=right - left, h=high - low, r=4, fill=fill))
     y = _free_height(spot, low, high)
     wide = width(node.upper, 11) if node.upper else 6 if node.lower else 0
     at = x - wide / 2 - 1
@@ -315,10 +348,14 @@ def _elementwise(pen: Pen, spot: Spot) -> None:
 def _block(pen: Pen, spot: Spot) -> None:
     node = spot.node
     many = node.count > 1
-    left, right = spot.left + (18 if many else 3), spot.right - (22 if many else 7)
+    left, right = spot.edges
     _leads(pen, spot, left, right)
     low, high = _extent(spot, 16.0)
-    if high - low < 38:
+    passing = not any(node.acted(band) for band in (*node.ins, *node.outs))
+    if passing:  # everything passes over it: the title stands above
+        heights = [wire.y for wire in crossings(node, spot.places)]
+        low, high = min(heights, default=0.0) - 34.0, max(heights, default=0.0) + 8.0
+    elif high - low < 38:
         middle = (low + high) / 2
         low, high = middle - 19, middle + 19
     pen.path(f"M{number(left)} {number(low)}L{number(left + 5)} {number(low - 5)}H{number(right + 5)}"
@@ -326,10 +363,11 @@ def _block(pen: Pen, spot: Spot) -> None:
              width=0.9)
     pen.add(Mark("rect", "block", id=node.block, x=left, y=low, w=right - left, h=high - low, stroke="edge",
                  fill="block", width=0.9))
-    pen.text((left + right) / 2, _free_height(spot, low, high) + 4, node.label, size=12, font="title")
+    middle = low + 9 if passing else _free_height(spot, low, high)
+    pen.text((left + right) / 2, middle + 4, node.label, size=12, font="title")
     if many:
         ys = spot.all_heights
-        parentheses(pen, spot.left + 8, spot.right - 4, min([*ys, low]) - 12, max([*ys, high]) + 10, node.count)
+        parentheses(pen, left - 10, right + 18, min([*ys, low]) - 18, max([*ys, high]) + 10, node.count)
 
 
 def parentheses(pen: Pen, left: float | None, right: float | None, low: float, high: float, count: int) -> None:
@@ -368,7 +406,7 @@ def _bar(pen: Pen, spot: Spot) -> None:
 
 def _index(pen: Pen, spot: Spot) -> None:
     node = spot.node
-    wide = max(width(node.label, 11, "title") + 10, 20)
+    wide = 2 * _half(node)
     left = spot.middle - wide / 2
     _leads(pen, spot, left, left + wide + 5)
     for y in spot.heights(node.ins)[:1]:
@@ -391,7 +429,7 @@ def _reduce(pen: Pen, spot: Spot) -> None:
     """A sign at the end of each wire that goes; of a long name, at the end of the first."""
     x, label = spot.middle, spot.node.label
     short = len(label) <= 6
-    half = (width(label, 15, "label") if short else width(label, 12, "title")) / 2 + 2
+    half = _half(spot.node)
     _leads(pen, spot, x - half, x + half)
     ends = [(band, n) for band in spot.node.ins for n in spot.node.acted(band)]
     for band, n in ends:
@@ -406,28 +444,26 @@ def _reduce(pen: Pen, spot: Spot) -> None:
 
 def _conv(pen: Pen, spot: Spot) -> None:
     node = spot.node
-    half = _plate_width(node) / 2 - 4
-    x = spot.middle
-    _leads(pen, spot, x - half, x + half)
+    x, (left, right) = spot.middle, spot.edges
+    _leads(pen, spot, left, right)
     low, high = _extent(spot, 5.0)
     if high - low < 20:
         low, high = (low + high) / 2 - 12, (low + high) / 2 + 12
-    pen.add(Mark("rect", "glyph", x=x - half, y=low, w=2 * half, h=high - low, stroke="ink", fill="conv", width=2.2))
+    pen.add(Mark("rect", "glyph", x=left, y=low, w=right - left, h=high - low, stroke="ink", fill="conv", width=2.2))
     y = _free_height(spot, low, high)
     pen.text(x, y + 4, node.label + node.lower, size=12, font="title")
     if node.upper:
-        pen.text(x + half - 2, low + 10, node.upper, size=9, font="label", anchor="end")
+        pen.text(right - 2, low + 10, node.upper, size=9, font="label", anchor="end")
 
 
 def _box(pen: Pen, spot: Spot) -> None:
     node = spot.node
-    half = _plate_width(node) / 2 - 4
-    x = spot.middle
-    _leads(pen, spot, x - half, x + half)
+    x, (left, right) = spot.middle, spot.edges
+    _leads(pen, spot, left, right)
     low, high = _extent(spot, 12.0)
-    pen.add(Mark("rect", "glyph", x=x - half, y=low, w=2 * half, h=high - low, r=2, stroke="ink", fill="paper", width=1.2))
+    pen.add(Mark("rect", "glyph", x=left, y=low, w=right - left, h=high - low, r=2, stroke="ink", fill="paper", width=1.2))
     if node.kind == "opaque":
-        _hatch(pen, x - half, low, 2 * half, high - low)
+        _hatch(pen, left, low, right - left, high - low)
     y = _free_height(spot, low, high)
     wide = width(node.label, 12, "title") + 6
     if node.kind == "opaque":

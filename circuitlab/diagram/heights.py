@@ -8,6 +8,7 @@ Where the drawing is wrapped into rows, what goes on in the next row has new hei
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ _BAND_GAP = 30.0
 _CLEAR = 8.0
 _TITLE = 18.0
 _FLOATING = {"copy", "route", "merge", "elementwise", "mask", "input", "output"}
-_HEAD = {"elementwise": 28.0, "mask": 32.0, "merge": 26.0, "input": 20.0, "output": 20.0, "contract": 20.0}
+_HEAD = {"block": 40.0, "elementwise": 28.0, "mask": 32.0, "merge": 26.0, "input": 20.0, "output": 20.0, "contract": 20.0}
 _PAD = {"block": 20.0, "linear": 14.0, "embedding": 14.0, "conv": 13.0, "box": 14.0, "opaque": 14.0, "pool": 13.0,
         "norm": 9.0, "softmax": 11.0, "index": 10.0, "bar": 8.0}
 _BELOW = {"softmax": 24.0}
@@ -155,7 +156,7 @@ class Heights:
         top, bottom = self.top[id(node), row], self.bottom[id(node), row]
         acted = {(id(band), n) for band in (*node.ins, *node.outs) for n in node.acted(band)}
         if node.kind in _FLOATING or not acted:
-            head = _HEAD.get(node.kind, 18.0) + (10.0 if node.kind == "merge" and len(node.label) > 1 else 0.0)
+            head = _HEAD.get(node.kind, 18.0) + (13.0 if node.kind == "merge" and len(node.label) > 1 else 0.0)
             for band in (*node.ins, *node.outs):
                 for variable in self._at(band, node):
                     self._below(top, variable, head)
@@ -163,9 +164,11 @@ class Heights:
             self._below(top, bottom, head + 12.0)
         else:
             self._glyph(node, acted)
+        several = Counter(end for a, i, b, o in node.passes for end in ((id(a), i), (id(b), o)))
         for a, i, b, o in node.passes:
             weight = 2.0  # what must bend, bends where it branches and joins
-            if node.kind in ("copy", "merge", "route"):
+            joint = node.kind in ("block", "box", "opaque") and max(several[id(a), i], several[id(b), o]) > 1
+            if joint or node.kind in ("copy", "merge", "route"):
                 weight = 6.0 if node.kind != "route" and self._is_skip(node, a, b) else 0.5
             self._level(self._at(a, node)[i], self._at(b, node)[o], weight)
         for one, other in _followed(node):
@@ -190,7 +193,8 @@ class Heights:
         rank = {id(band): self.order[id(band)] for band in (*node.ins, *node.outs)}
         upper = [min(side, key=lambda b: rank[id(b)]) for side in (node.ins, node.outs) if side]
         lower = [max(side, key=lambda b: rank[id(b)]) for side in (node.ins, node.outs) if side]
-        passed = {(id(a), i): (id(b), o) for a, i, b, o in node.passes}
+        sources = _sources(node)
+        counted = node.count > 1
         for band in (*node.ins, *node.outs):
             numbers = [n for n in range(len(band.tracks)) if (id(band), n) in acted]
             for n, variable in enumerate(self._at(band, node)):
@@ -199,24 +203,24 @@ class Heights:
                     self._below(variable, bottom, tail)
                 elif node.kind != "contract" and numbers and n < numbers[0] and band in upper:
                     self._below(variable, top, _CLEAR, 1)
+                    for source in sources.get((id(band), n), ()):
+                        self._below(self.y[source[0], row][source[1]], top, _CLEAR, 1)
                 elif node.kind != "contract" and numbers and n > numbers[-1] and band in lower:
                     self._below(bottom, variable, _CLEAR, 1)
-                    for (key, number), out in passed.items():
-                        if out == (id(band), n) and node.kind != "bar":  # what joined arrays share meets before the bar
-                            self._below(bottom, self.y[key, row][number], _CLEAR, 1)
-                self._below(self.top[id(node), row], variable, 18.0)
+                    for source in sources.get((id(band), n), ()):
+                        self._below(bottom, self.y[source[0], row][source[1]], _CLEAR, 1)
+                self._below(self.top[id(node), row], variable, 44.0 if counted else 18.0)
                 self._below(variable, self.bottom[id(node), row], 10.0)
         self._below(top, bottom, 2 * pad)
-        counted = node.count > 1
-        self._below(self.top[id(node), row], top, _HEAD.get(node.kind, 4.0) + (36.0 if counted else 0.0))
+        self._below(self.top[id(node), row], top, (9.0 if node.kind == "block" else _HEAD.get(node.kind, 4.0)) + (42.0 if counted else 0.0))
         self._below(bottom, self.bottom[id(node), row], 16.0 if counted else 2.0)
         self._pull(top, -0.01)
         self._pull(bottom, 0.012)
 
     def _is_skip(self, node: Node, a: Band, b: Band) -> bool:
         """The branch of a copy, or operand of a sum, that goes the longest way: the residual stream."""
-        rivals = node.outs if node.kind == "copy" else node.ins
-        mine = b if node.kind == "copy" else a
+        parts = len(node.ins) == 1
+        rivals, mine = (node.outs, b) if parts else (node.ins, a)
         return mine is max(rivals, key=lambda band: (self._span(band), self.order[id(band)]))
 
     def _span(self, band: Band) -> int:
@@ -269,6 +273,14 @@ class Heights:
                 nested = other in around[key] or key in around[other]
                 if high < its_low and other[1] == row and not nested:
                     self._below(self.bottom[key], self.top[other], 6.0, 0)
+
+
+def _sources(node: Node) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Of each track that leaves a node, the one that it is before; none where several meet, as they do that beside it."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for a, i, b, o in node.passes:
+        found.setdefault((id(b), o), []).append((id(a), i))
+    return {out: ins for out, ins in found.items() if len(ins) == 1}
 
 
 def _matrix(rows: list[list[tuple[int, float]]], width: int) -> coo_matrix:

@@ -15,7 +15,7 @@ from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
 from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.metrics import width as text_width
 from circuitlab.diagram.notes import describe, notes_of, tinted
-from circuitlab.diagram.outputs import left_out_note, main_part
+from circuitlab.diagram.outputs import main_part
 from circuitlab.diagram.pen import Pen, number
 from circuitlab.diagram.place import Places, place
 from circuitlab.diagram.reduce import Reducer
@@ -55,8 +55,8 @@ def draw(
         batch: whether wires of kind "batch" are drawn.
         width: rows are wrapped at about this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
-        outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and says so
-            below the drawing; "all" draws them.
+        outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and what no
+            output needs, and says so below the drawing; "all" draws them.
 
     Raises:
         InputError: an unknown block, a negative depth, or an overlay of things that are not there.
@@ -70,16 +70,16 @@ def draw(
         circuit.block(name)
     if outputs not in ("main", "all"):
         raise InputError(f"outputs={outputs!r} is neither 'main' nor 'all'")
-    shown, left_out = circuit[block] if block else circuit, ()
+    shown, notes = circuit[block] if block else circuit, ()
     if outputs == "main":
-        shown, left_out = main_part(shown)
+        shown, notes = main_part(shown)
     drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch).drawing()
     page = _Page(shown, drawing, place(drawing), width)
     long = page.long_bands()
     if long:
         raise_flags(drawing, long)
         page = _Page(shown, drawing, place(drawing), width)
-    page.draw(left_out_note(left_out))
+    page.draw(notes)
     marks = page.pen.plates + page.pen.marks
     if overlay:
         marks = tinted(marks, overlay, circuit, page.height + 8)
@@ -133,8 +133,8 @@ class _Page:
             standing[self.column[id(node)]].append(node)
         return standing
 
-    def draw(self, note: str = "") -> None:
-        """Put the marks on paper, and a note below them."""
+    def draw(self, notes: tuple[str, ...] = ()) -> None:
+        """Put the marks on paper, and notes below them."""
         rows = self._rows()
         y = _MARGIN
         for row in rows:
@@ -150,10 +150,10 @@ class _Page:
         ends = [self.right[row.last] + (self.gaps[row.last] + 8.0 if row is not rows[-1] else 10.0) for row in rows]
         counts = [m.x + 22.0 for m in self.pen.marks if m.role in ("count", "title")]
         self.width = max([*ends, *counts, 40.0]) + _MARGIN
-        if note:
-            self.pen.text(_MARGIN, self.height + 6, note, size=11, fill="quiet", anchor="start", role="note")
+        for line in notes:
+            self.pen.text(_MARGIN, self.height + 6, line, size=11, fill="quiet", anchor="start", role="note")
             self.height += 20.0
-            self.width = max(self.width, text_width(note, 11, "title") + 2 * _MARGIN)
+            self.width = max(self.width, text_width(line, 11, "title") + 2 * _MARGIN)
 
     def long_bands(self) -> list[Band]:
         """Arrays that would run through a whole row, from one before it to one after it."""
@@ -187,6 +187,8 @@ class _Page:
                 if self._labelled(band):
                     gaps[at] = max(gaps[at], self.pen.label_width(track, (id(band), n) in self.sized) + 16
                                    + self._offset(band.source))
+            if band.source.kind == "merge" and len(band.source.label) > 1:
+                gaps[at] = max(gaps[at], text_width(band.source.label, 12, "label") + 14)
         for name, nodes in self.members.items():
             if nodes and self.drawing.plates[name][1] > 1:
                 first, last = self._columns(nodes)
@@ -197,38 +199,41 @@ class _Page:
 
     def _offset(self, node: Node) -> float:
         """How far right of a node its labels begin: beside a plus sign, or a closing parenthesis."""
-        closes = node.count > 1 and node.kind == "block"
+        closes = False
         for name, nodes in self.members.items():
             if self.drawing.plates[name][1] > 1 and name in node.plates:
                 closes |= self.column[id(node)] == self._columns(nodes)[1]
-        return 32.0 if closes and node.kind != "block" else 12.0 if node.kind == "merge" else 0.0
+        return 32.0 if closes else 12.0 if node.kind == "merge" else 0.0
 
     def _columns(self, nodes: list[Node]) -> tuple[int, int]:
         at = [self.column[id(node)] for node in nodes]
         return min(at), max(at)
 
     def _rows(self) -> list[_Row]:
-        wide = self._widths()
-        breaks = self._breaks(wide)
+        breaks = self._breaks(self._widths())
         if len(breaks) > 1:
             breaks = self._late(breaks)
             self.places.wrap(self.drawing, breaks)
             self.by_column = self._by_column()
-            wide = self._widths()
+        wide = self._node_widths()
         rows = [_Row(number, first, last) for number, (first, last) in enumerate(breaks)]
         self.left, self.right = [0.0] * len(wide), [0.0] * len(wide)
         gaps = self.gaps = self._gap_widths()
+        for row in rows[:-1]:
+            gaps[row.last] = max(gaps[row.last], 36.0)  # room for the labels of what goes on
         for row in rows:
             x = _MARGIN + (_LEAD if row.first else 8.0)
             for column in range(row.first, row.last + 1):
-                self.left[column], self.right[column] = x, x + wide[column] - gaps[column]
-                x += wide[column]
+                self.left[column], self.right[column] = x, x + wide[column]
+                x += wide[column] + gaps[column]
         return rows
+
+    def _node_widths(self) -> list[float]:
+        return [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
 
     def _widths(self) -> list[float]:
         """Widths of columns with the gap that follows each."""
-        nodes = [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
-        return [node + gap for node, gap in zip(nodes, self._gap_widths(), strict=True)]
+        return [node + gap for node, gap in zip(self._node_widths(), self._gap_widths(), strict=True)]
 
     def _breaks(self, wide: list[float]) -> list[tuple[int, int]]:
         """The rows that cut the fewest wires and are not too empty: first and last column of each."""
@@ -276,11 +281,12 @@ class _Page:
         for band in self.drawing.bands:
             change[self.column[id(band.source)]] += max(len(band.tracks), 1)
             change[self.column[id(band.target)]] -= max(len(band.tracks), 1)
-        for nodes in self.members.values():
+        for name, nodes in self.members.items():
             if nodes:
                 first, last = self._columns(nodes)
-                change[first] += 3.0
-                change[last] -= 3.0
+                weight = 9.0 if self.drawing.plates[name][1] > 1 else 3.0
+                change[first] += weight
+                change[last] -= weight
         return list(itertools.accumulate(change[:total]))
 
     def _extent(self, row: _Row) -> tuple[float, float]:
@@ -336,6 +342,9 @@ class _Page:
                 self.pen.label(x0 + 2, y, track, False)
             if not ends_here:
                 self.pen.head(x1, y)
+                wide = self.pen.label_width(track, False)
+                if starts_here and not self._labelled(band) and x1 - x0 > wide + 8:
+                    self.pen.label(x1 - wide - 4, y, track, False)
 
     def _tuples(self, row: _Row) -> None:
         """A dashed line between arrays from where both are there to where one operation takes them together."""
@@ -349,8 +358,8 @@ class _Page:
                 begin = self.column[id(older.source)]
                 x0 = self.right[begin] if begin >= row.first else self.left[row.first] - _LEAD
                 low, high = self._span(above, row)[1], self._span(below, row)[0]
-                if high - low >= 20:
-                    y = low + 9.5 if older is above else high - 20.5
+                if high - low >= 20 and self.left[end] - x0 >= 24:
+                    y = low + 8.0 if older is above else high - 22.0
                     quiet = node.kind == "merge"
                     self.pen.path(f"M{number(x0)} {number(y)}H{number(self.left[end])}", "dash",
                                   stroke="quiet" if quiet else "ink", dash=(7.0, 5.0), width=1.0 if quiet else 1.4)
@@ -365,7 +374,9 @@ class _Page:
             return None
         first, last = self._columns(inside)
         left = self.left[first] - 5 - self._room(name, inside, first, 22.0)
+        words = [n.label for n in inside if n.kind == "merge" and len(n.label) > 1 and self.column[id(n)] == last]
         right = self.right[last] + 5 + self._room(name, inside, last, 30.0)
+        right += max((text_width(word, 12, "label") + 4 for word in words), default=0.0)
         return left, right, self.places.top[name, row.number], self.places.bottom[name, row.number]
 
     def _room(self, name: str, nodes: list[Node], column: int, counted: float) -> float:
@@ -382,10 +393,11 @@ class _Page:
         block, count = self.drawing.plates[name]
         nodes = self.members[name]
         level = nodes[0].plates.index(name)
-        self.pen.plates.append(Mark("rect", "plate", id=name, block=name, x=left, y=top, w=right - left, h=bottom - top,
+        shown = name if name in self.drawing.foldable else ""  # steps of a loop are no block
+        self.pen.plates.append(Mark("rect", "plate", id=shown, block=shown, x=left, y=top, w=right - left, h=bottom - top,
                                     r=5, fill=f"plate{level % 5}", opacity=0.75))
         title = _shortened(block_title(name, block.title), right - left - 8)
-        self.pen.plates.append(Mark("text", "title", block=name, x=left + 5, y=top + 13, text=title, font="title",
+        self.pen.plates.append(Mark("text", "title", block=shown, x=left + 5, y=top + 13, text=title, font="title",
                                     size=11, anchor="start", fill="ink"))
         if count < 2:
             return

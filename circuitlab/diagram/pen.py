@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -39,11 +40,15 @@ class Pen:
         """A path."""
         self.add(replace(Mark("path", role, d=d, stroke=stroke, fill=fill, width=width), **rest))  # type: ignore[arg-type]
 
+    def lines(self, track: Track) -> tuple[float, ...]:
+        """Offsets of the lines of a track: positions in more than one direction are a double line."""
+        several = len(track.wires) > 1 and self.circuit.wires[track.wires[0]].kind in ("position", "spatial")
+        return (-1.7, 1.7) if several else (0.0,)
+
     def wire(self, track: Track, points: Iterable[tuple[float, float]]) -> None:
         """A wire through points: horizontal between points of equal height, a flat S between others."""
         points = list(points)
-        double = len(track.wires) > 1
-        for offset in (-1.7, 1.7) if double else (0.0,):
+        for offset in self.lines(track):
             x, y = points[0]
             d = f"M{number(x)} {number(y + offset)}"
             for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -91,7 +96,7 @@ class Pen:
         """A wire's label just above its line, beginning at x."""
         base, lower, tail = self._words(track, sized)
         wire = self.circuit.wires[track.wires[0]]
-        bold = len(track.wires) > 1
+        bold = len(self.lines(track)) > 1
         font = "strong" if bold else "label"
         lift = 5.0 + (1.5 if bold else 0.0)
         self.text(x, y - lift, base, role="label", font=font, size=LABEL, anchor="start", wire=wire.name)
@@ -113,5 +118,6 @@ class Pen:
         label = self.signs[wire.name].replace(BAR, "")
         lower = "".join(_SUBSCRIPTS[char] for char in label if char in _SUBSCRIPTS)
         base = "".join(char for char in label if char not in _SUBSCRIPTS)
-        sizes = [str(self.circuit.wires[name].size) for name in track.wires]
-        return base or "·", lower, f"={'×'.join(sizes)}" if sized else ""
+        sizes = [self.circuit.wires[name].size for name in track.wires]
+        size = "×".join(map(str, sizes)) if len(self.lines(track)) > 1 else str(math.prod(sizes))
+        return base or "·", lower, f"={size}" if sized else ""

@@ -54,11 +54,12 @@ class Places:
 def place(drawing: Drawing) -> Places:
     """Find columns, order and heights, in one row."""
     apart: list[tuple[Node, Node]] = []
-    together: list[tuple[Node, list[Band]]] = []
+    led = [(node, [band for band in bands if _is_led(band, node)]) for node, bands in drawing.routed]
+    drawing.routed = [(node, bands) for node, bands in led if bands]
     for _ in range(8):
         column = _columns(drawing, apart)
         order = _order(drawing, column)
-        for node, bands in together:
+        for node, bands in drawing.routed:
             beyond = {id(band): order[id(_beyond(band, node))] for band in bands}
             anchors = [order[id(band)] for band in node.ins if id(band) not in beyond] or list(beyond.values())
             middle = statistics.median(anchors)
@@ -69,7 +70,7 @@ def place(drawing: Drawing) -> Places:
         if not clashes and not routes:
             break
         apart += clashes
-        together += routes
+        drawing.routed += routes
     else:
         column = _columns(drawing, apart)
         order = _order(drawing, column)
@@ -187,6 +188,7 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
         reached -= set(node.plates)
         for name in node.plates:
             after.setdefault(name, set()).update(other for other in reached if name not in around[other])
+    feeds = _feeds(drawing)
     column: dict[int, int] = {}
     ends: dict[str, int] = {}
     for _ in range(8 if apart else 1):  # until nothing moves: a may come after b in the run
@@ -194,6 +196,7 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
         for node in drawing.nodes:
             before = [column[id(band.source)] for band in node.ins]
             before += [ends[other] for name in node.plates for other in after.get(name, ()) if other in ends]
+            before += [column[key] for name in node.plates for key in feeds[name]]
             before += [known[id(a)] for a in later.get(id(node), ()) if id(a) in known]
             column[id(node)] = max(before, default=-1) + 1
             for name in node.plates:
@@ -204,11 +207,26 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
     for node in drawing.nodes:
         if node.kind == "output":
             column[id(node)] = last
-    # what begins a path (an input) stands right before it is used
+    # what begins a path (an input) stands right before it is used, and so do its copy, and a later copy of an array
     for node in reversed(drawing.nodes):
-        if not node.ins and node.outs:
+        if node.outs and (not node.ins or (node.kind == "copy" and node.ins[0].source.kind in ("copy", "input"))):
             column[id(node)] = min(column[id(band.target)] for band in node.outs) - 1
     return column
+
+
+def _feeds(drawing: Drawing) -> dict[str, list[int]]:
+    """For each plate the nodes (by id) that stand to its left: those before it whose arrays it takes."""
+    number = {id(node): n for n, node in enumerate(drawing.nodes)}
+    members: dict[str, list[Node]] = {}
+    for node in drawing.nodes:
+        for name in node.plates:
+            members.setdefault(name, []).append(node)
+    found: dict[str, list[int]] = {}
+    for name, nodes in members.items():
+        first = number[id(nodes[0])]
+        sources = [id(band.source) for node in nodes for band in node.ins if name not in band.source.plates]
+        found[name] = [key for key in dict.fromkeys(sources) if number[key] < first]
+    return found
 
 
 def _order(drawing: Drawing, column: dict[int, int]) -> dict[int, float]:

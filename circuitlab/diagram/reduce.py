@@ -6,13 +6,16 @@ read off the ops' axes: nothing here guesses.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from circuitlab.circuit import Axis, Block, Circuit, Op
+from circuitlab.diagram.bundles import bundles, factors
 from circuitlab.diagram.drawing import Band, Drawing, Node, Occurrence, Track
 from circuitlab.diagram.labels import labels
-from circuitlab.diagram.repeats import fold_repeats
+from circuitlab.diagram.repeats import Repeats, is_silent
 from circuitlab.diagram.signs import part_of, sign_of
 
 
@@ -35,7 +38,8 @@ class _Unit:
 
 
 _RANK = {"batch": 9, "position": 0, "spatial": 0, "head": 5, "group": 6, "": 3}
-_SIMPLE = {"elementwise", "reindex", "create"}
+_SOON = 2
+"""Readers of an array this many nodes after the first share its copy."""
 _QUIET_FUNCTIONS = {"linear", "contract", "softmax", "conv", "embedding", "box"}
 
 
@@ -57,6 +61,10 @@ class Reducer:
         self.aliases: dict[str, str] = {}
         self.plates: dict[str, tuple[Block, int]] = {}
         self.foldable: dict[str, str] = {}
+        self.stepped: set[str] = set()
+        self.bundles: dict[str, str] = {}
+        self.factors: dict[str, str] = {}
+        self.bundled: dict[str, int] = {}
         self._seen: dict[str, tuple[str, dict[tuple[int, int], Occurrence]]] = {}
 
     def drawing(self) -> Drawing:
@@ -68,6 +76,11 @@ class Reducer:
             self.foldable[root.name] = "closed"
         nodes, made = self._nodes(units)
         bands = self._bands(nodes, made)
+        glyphs = [op for unit in units if not unit.folded for op in unit.ops]
+        self.factors = factors(self.circuit, nodes, bands, glyphs)
+        if self.factors:
+            nodes, made = self._nodes(units)
+            bands = self._bands(nodes, made)
         shown = [track.wires for node in nodes for band in node.outs for track in band.tracks]
         signs = labels(self.circuit.wires, shown)
         drawing = Drawing(nodes, bands, self.plates, self.foldable, signs)
@@ -84,13 +97,15 @@ class Reducer:
         return [op for op in ops if not self._hidden(op)]
 
     def _hidden(self, op: Op) -> bool:
-        if _silent(op):
+        if is_silent(op):
             return True
         return bool(op.outputs) and all(name in self.static for name in op.outputs)
 
     def _units(self, block: Block, level: int, plates: tuple[str, ...]) -> list[_Unit]:
         units: list[_Unit] = []
-        items, counts = fold_repeats(self.circuit, block, self.static, self.aliases, self.canonical)
+        folded = Repeats(self.circuit, self.static, self.aliases, self.canonical).fold(block)
+        items, counts = folded.items, folded.counts
+        self.stepped |= folded.stepped
         self._seen.clear()
         large = [i for i in items if isinstance(i, Block) and not self._is_glyph(i) and self._live(self._ops(i))]
         for item, count in zip(items, counts, strict=True):
@@ -99,13 +114,19 @@ class Reducer:
                 if not self._hidden(op):
                     units.append(_Unit([op], None, plates, folded=False))
                 continue
+            while self._is_wrapper(item):
+                item = next(i for i in item.items if isinstance(i, Block) and not self._is_empty(i))
             ops = self._live(self._ops(item))
             if not ops:
+                continue
+            if item.kind == "loop":
+                self.plates[item.name] = (item, count)
+                units.extend(self._units(item, level, (*plates, item.name)))
                 continue
             if self._is_glyph(item):
                 units.append(_Unit(ops, item, plates, folded=False, count=count))
                 continue
-            free = (item.kind == "function" and self._worth_seeing(item)) or (len(large) == 1 and count == 1)
+            free = (item.kind == "function" and self._worth_seeing(item)) or (len(large) == 1 and count == 1 and block.kind != "loop")
             if self._is_open(item, level, free):
                 self.foldable[item.name] = "open"
                 inner = plates if self._is_wrapper(item) and count == 1 else (*plates, item.name)
@@ -162,7 +183,7 @@ class Reducer:
         found: dict[str, Op] = {}
         for reader in self.circuit.consumers.get(name, ()):
             op = self.circuit.op(reader)
-            if _silent(op):
+            if is_silent(op):
                 found.update({o.name: o for out in op.outputs for o in self._readers(out)})
             else:
                 found[op.name] = op
@@ -222,7 +243,7 @@ class Reducer:
             return True
         for reader in self.circuit.consumers.get(name, ()):
             op = self.circuit.op(reader)
-            if _silent(op):
+            if is_silent(op):
                 if any(self._read_outside(out, inside) for out in op.outputs):
                     return True
             elif reader not in inside:
@@ -246,7 +267,7 @@ class Reducer:
             return found
         tensor = self.circuit.tensor(name)
         op = self.circuit.op(tensor.op) if tensor.op else None
-        if op is None or not _silent(op) or not op.inputs:
+        if op is None or not is_silent(op) or not op.inputs:
             own = {(d, f): (name, d, f) for d, dim in enumerate(tensor.dims) for f in range(len(dim))}
             self._seen[name] = (name, own)
             return self._seen[name]
@@ -277,15 +298,22 @@ class Reducer:
         wires = self.circuit.wires
         if not self.batch:
             found = [pair for pair in found if wires[pair[0]].kind != "batch"]
-        found.sort(key=lambda pair: _RANK.get(wires[pair[0]].kind, 2))
+        keys: list[tuple[int, int, int, int, str]] = []
+        count: Counter[str] = Counter()
+        for at, (wire, _) in enumerate(found):
+            together = self.bundles.get(wire, "")  # factors are next to each other as it is
+            number = self.bundled.setdefault(together, len(self.bundled)) if together else at  # one order in all arrays
+            group = together or self.factors.get(wire, "") or wires[wire].group
+            keys.append((_RANK.get(wires[wire].kind, 2), not together, count[wire], number, group))
+            count[wire] += 1
         tracks: list[Track] = []
-        for wire, place in found:
-            last = tracks[-1] if tracks else None
-            group = wires[wire].group
-            if last and group and wires[last.wires[-1]].group == group and wire not in last.wires:
-                tracks[-1] = Track((*last.wires, wire), (*last.places, place))
+        group = ""
+        for (*_, mine), _, (wire, place) in sorted(zip(keys, range(len(found)), found, strict=True)):
+            if tracks and group and mine == group and wire not in tracks[-1].wires:
+                tracks[-1] = Track((*tracks[-1].wires, wire), (*tracks[-1].places, place))
             else:
                 tracks.append(Track((wire,), (place,)))
+            group = mine
         return tracks
 
     # nodes --------------------------------------------------------------------------------------------
@@ -319,6 +347,8 @@ class Reducer:
         sign = sign_of(self.circuit, unit.ops[:1] if unit.makes else unit.ops, unit.block, self.static)
         if unit.makes:
             sign = part_of(sign, *unit.part)
+        if sign.kind == "index" and unit.ops[0].name in self.stepped:
+            sign = replace(sign, label="λ")  # another entry in each repeat
         return Node(
             sign.kind,
             sign.label,
@@ -348,43 +378,53 @@ class Reducer:
             reads[id(node)] = names
             for name in names:
                 readers.setdefault(name, []).append(node)
+        self.bundles = bundles(self.circuit, readers)
         bands: list[Band] = []
-        copies: list[tuple[Node, Node]] = []
         band_of: dict[tuple[str, int], Band] = {}
+        depth = self._depths(nodes, reads, made)
         for name, found in readers.items():
-            source = made[name]
-            tracks = self.tracks(name)
-            if len(found) > 1:
-                plates = found[0].plates
-                for reader in found[1:]:
-                    plates = _common(plates, reader.plates)
-                copy = Node("copy", plates=plates)
-                trunk = Band(name, tracks, source, copy)
-                bands.append(trunk)
-                copies.append((copy, source))
-                last = max(found, key=lambda reader: order[id(reader)])
-                for reader in found:
-                    branch = Band(name, tracks, copy, reader, main=reader is last)
-                    bands.append(branch)
-                    band_of[name, id(reader)] = branch
-                    copy.passes.extend((trunk, n, branch, n) for n in range(len(tracks)))
-            else:
-                band = Band(name, tracks, source, found[0])
-                bands.append(band)
-                band_of[name, id(found[0])] = band
+            source, tracks = made[name], self.tracks(name)
+            groups = _groups(sorted(found, key=lambda node: depth[id(node)]), depth)
+            for number, group in enumerate(groups):
+                rest = list(itertools.chain(*groups[number:]))
+                if len(rest) > 1:  # a copy; of those who read it much later, another one later
+                    plates = rest[0].plates
+                    for reader in rest[1:]:
+                        plates = _common(plates, reader.plates)
+                    copy = Node("copy", plates=plates)
+                    nodes.insert(nodes.index(source) + 1, copy)
+                    trunk = self._branch(Band(name, tracks, source, copy))
+                    copy.ins.append(trunk)
+                    bands.append(trunk)
+                    source = copy
+                last = max(rest, key=lambda reader: order[id(reader)])
+                for reader in group:
+                    band = band_of[name, id(reader)] = self._branch(Band(name, tracks, source, reader))
+                    band.main = reader is last
+                    bands.append(band)
         for node in list(nodes):
             if id(node) in reads:
                 node.ins = [band_of[name, id(node)] for name in reads[id(node)]]
-        for copy, source in copies:
-            nodes.insert(nodes.index(source) + 1, copy)
-        for band in bands:
-            band.source.outs.append(band)
-            if band.target.kind == "copy":
-                band.target.ins.append(band)
         for node in nodes:
             if node.kind not in ("input", "output", "copy"):
                 self._join(node)
         return bands
+
+    def _branch(self, band: Band) -> Band:
+        """Add a band to what leaves its source; where that is a copy, all tracks pass."""
+        band.source.outs.append(band)
+        if band.source.kind == "copy":
+            trunk = band.source.ins[0]
+            band.source.passes.extend((trunk, n, band, n) for n in range(len(band.tracks)))
+        return band
+
+    def _depths(self, nodes: list[Node], reads: dict[int, list[str]], made: dict[str, Node]) -> dict[int, int]:
+        """How many nodes there are before each, on the longest way; outputs come last."""
+        depth: dict[int, int] = {}
+        for node in nodes:
+            depth[id(node)] = 1 + max((depth[id(made[name])] for name in reads.get(id(node), ())), default=-1)
+        last = max(depth.values(), default=0)
+        return {id(node): last + 9 if node.kind == "output" else depth[id(node)] for node in nodes}
 
     def _reads(self, unit: _Unit, made: dict[str, Node], node: Node) -> list[str]:
         """The arrays that a unit takes from elsewhere, in order."""
@@ -463,12 +503,6 @@ class _Classes:
             self.parent[b] = a
 
 
-def _silent(op: Op) -> bool:
-    """Whether an op gives back the numbers that it got: reindexing, dropout in evaluation, a factor of one."""
-    one = op.fn in ("mul", "div") and op.attrs.get("scalar") == 1 and len(op.inputs) == 1
-    return op.kind == "reindex" or op.attrs.get("active") is False or one
-
-
 def _static(circuit: Circuit) -> frozenset[str]:
     """Names of the arrays that depend on no input."""
     static = {tensor.name for tensor in circuit.tensors if tensor.kind in ("parameter", "buffer", "constant")}
@@ -477,6 +511,20 @@ def _static(circuit: Circuit) -> frozenset[str]:
         if fresh or (op.kind not in ("opaque", "random") and all(name in static for name in op.inputs)):
             static.update(op.outputs)
     return frozenset(static)
+
+
+def _groups(readers: list[Node], depth: dict[int, int]) -> list[list[Node]]:
+    """Readers of one array that share a copy: those that come soon after each other. The last is never alone but of two."""
+    groups: list[list[Node]] = []
+    for reader in readers:
+        if groups and depth[id(reader)] <= depth[id(groups[-1][0])] + _SOON:
+            groups[-1].append(reader)
+        else:
+            groups.append([reader])
+    if len(groups) > 1 and len(groups[-1]) == 1:
+        last = groups.pop()
+        groups[-1] += last
+    return groups
 
 
 def _common(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,7 +20,11 @@ class Sign:
 
 
 _GREEK = {"sigmoid": "σ", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "tanh": "tanh", "mul": "×", "sub": "−",
-          "div": "÷", "add": "+", "exp": "exp", "rsqrt": "1/√", "pow": "pow", "sqrt": "√", "neg": "−"}
+          "div": "÷", "add": "+", "exp": "exp", "rsqrt": "1/√", "pow": "pow", "sqrt": "√", "neg": "−",
+          "eq": "=", "ne": "≠", "lt": "<", "le": "≤", "gt": ">", "ge": "≥", "logical_not": "not", "logical_and": "and",
+          "logical_or": "or", "bitwise_not": "not", "bitwise_and": "and", "bitwise_or": "or"}
+_BINARY = frozenset("mul add sub div pow eq ne lt le gt ge".split())
+_REVERSED = {"rsub": "−", "rdiv": "÷", "rtruediv": "÷", "rpow": "^"}
 _REDUCTIONS = {"mean": "𝔼", "sum": "Σ", "amax": "Max", "max": "Max", "amin": "Min", "min": "Min", "nanmean": "𝔼",
                "prod": "Π", "adaptive_avg_pool1d": "𝔼", "adaptive_avg_pool2d": "𝔼", "adaptive_avg_pool3d": "𝔼",
                "adaptive_max_pool1d": "Max", "adaptive_max_pool2d": "Max", "logsumexp": "LSE"}
@@ -50,9 +54,10 @@ def sign_of(circuit: Circuit, ops: Sequence[Op], block: Block | None, static: fr
         return Sign("pool", f"{'Max' if 'max' in op.fn else '𝔼'} {_window(op)}", "", _stride(op))
     if op.kind == "embedding":
         return Sign("embedding", "E")
+    if op.kind == "index" and len(op.outputs) > 1:  # unbind takes apart
+        return Sign("bar")
     if op.kind == "index":
-        index = op.attrs.get("index", "")
-        return Sign("index", _index(index))
+        return Sign("index", _index(op.attrs.get("index", "")))
     if op.kind == "norm":
         return Sign("norm", _norm_name(op, block))
     if op.kind == "softmax":
@@ -89,7 +94,7 @@ def _map_name(circuit: Circuit, op: Op, block: Block | None) -> str:
     if "head_size" in kinds.get("contracted", ()):
         return "O"
     if block is not None and block.kind == "module" and block.name:
-        return letter_of(f"{block.name}.weight")
+        return letter_of(f"{block.name.split('#')[0]}.weight")
     return letter_of(_parameter(circuit, op))
 
 
@@ -143,8 +148,10 @@ def _elementwise(circuit: Circuit, op: Op, block: Block | None, static: frozense
     if block is not None and block.kind == "module" and op.fn not in ("mul", "add", "sub", "div"):
         return Sign("elementwise", _name(block))
     scalar = op.attrs.get("scalar")
-    if op.fn in ("mul", "add", "sub", "div", "pow") and isinstance(scalar, (int, float)):
+    if op.fn in _BINARY and isinstance(scalar, (int, float)):
         return Sign("elementwise", f"{_GREEK.get(op.fn, op.fn)} {scalar:.3g}")
+    if op.fn in _REVERSED and isinstance(scalar, (int, float)):  # the number comes first
+        return Sign("elementwise", f"{scalar:.3g} {_REVERSED[op.fn]}")
     return Sign("elementwise", _GREEK.get(op.fn, op.fn))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 
 from circuitlab.circuit import Circuit
-from circuitlab.diagram.drawing import Band, Drawing, Node
-from circuitlab.diagram.labels import block_title
-from circuitlab.diagram.outputs import left_out_note, main_part
+from circuitlab.diagram.drawing import Band, Drawing, Node, Track
+from circuitlab.diagram.labels import BAR, block_title
+from circuitlab.diagram.outputs import main_part
 from circuitlab.diagram.reduce import Reducer
 
 _SILENT = {"input", "output", "copy", "route"}
@@ -21,7 +22,7 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
         depth: levels of blocks to unfold; 0 is one line.
         width: lines are cut at this many characters.
     """
-    circuit, left_out = main_part(circuit)
+    circuit, notes = main_part(circuit)
     drawing = Reducer(circuit, depth=depth, opened=frozenset(), closed=frozenset(), batch=True).drawing()
     rows: list[tuple[str, str, str]] = []
     open_plates: tuple[str, ...] = ()
@@ -35,8 +36,7 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
         open_plates = node.plates
         rows.append(("  " * len(node.plates) + _label(node), _acts(drawing.signs, node), _passes(drawing.signs, node)))
     lines = _table(circuit, drawing, rows, width)
-    if left_out:
-        lines.append(f"  {left_out_note(left_out)}")
+    lines += [f"  {note}" for note in notes]
     return "\n".join(lines) + "\n"
 
 
@@ -47,8 +47,14 @@ def _table(circuit: Circuit, drawing: Drawing, rows: list[tuple[str, str, str]],
     second = max((_cells(row[1]) for row in rows), default=0)
     lines = [f"{circuit.title}   {ins}  →  {outs}"]
     lines += [f"  {_padded(a, first)}  {_padded(b, second)}  {c}".rstrip() for a, b, c in rows]
-    shown = {name for n in drawing.nodes for band in (*n.ins, *n.outs) for t in band.tracks for name in t.wires}
-    legend = [f"{sign}={circuit.wires[name].size}" for name, sign in drawing.signs.items() if name in shown]
+    tracks = {t.wires: t for n in drawing.nodes for band in (*n.ins, *n.outs) for t in band.tracks}
+    sizes: dict[str, int] = {}
+    for track in tracks.values():
+        for name in track.wires:
+            sizes[name] = circuit.wires[name].size
+        if _is_product(drawing.signs, track):
+            sizes.update(dict.fromkeys(track.wires, math.prod(sizes[name] for name in track.wires)))
+    legend = [f"{sign}={sizes[name]}" for name, sign in drawing.signs.items() if name in sizes]
     lines.append("  where " + ", ".join(dict.fromkeys(legend)))
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
@@ -90,10 +96,21 @@ def _passes(signs: dict[str, str], node: Node) -> str:
 
 
 def _wires(signs: dict[str, str], band: Band, numbers: list[int]) -> str:
-    return " ".join(signs[name] for n in numbers for name in band.tracks[n].wires)
+    tracks = [band.tracks[n] for n in numbers]
+    return " ".join(signs[name] for t in tracks for name in (t.wires[:1] if _is_product(signs, t) else t.wires))
 
 
 def _array(signs: dict[str, str], band: Band) -> str:
     """The wires of an array, in the order of its dimensions."""
-    found = [(place[1:], sign) for track in band.tracks for place, sign in zip(track.places, (signs[n] for n in track.wires), strict=True)]
+    found = [
+        (place[1:], signs[name])
+        for track in band.tracks
+        for n, (name, place) in enumerate(zip(track.wires, track.places, strict=True))
+        if n == 0 or not _is_product(signs, track)
+    ]
     return f"({' '.join(sign for _, sign in sorted(found))})"
+
+
+def _is_product(signs: dict[str, str], track: Track) -> bool:
+    """Whether the wires of a track are factors of one axis, and not positions in several directions."""
+    return len(track.wires) > 1 and BAR not in signs[track.wires[0]]
