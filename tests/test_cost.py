@@ -1,5 +1,6 @@
 """Costs read off the wires, against torch's own counter and against the memory that a run really held."""
 
+import sys
 import weakref
 
 import pytest
@@ -126,3 +127,12 @@ def test_ops_without_a_rule_are_counted_as_unknown():
     model, args, kwargs = ZOO["vmap"]()
     costs = cl.trace(model, *args, **kwargs).cost()
     assert costs.unknown[0] == len(cl.trace(model, *args, **kwargs).opaque) > 0
+
+
+def test_frames_say_that_they_need_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    circuit = cl.trace(torch.nn.Linear(2, 3), torch.zeros(4, 2))
+    with pytest.raises(cl.CircuitlabError, match=r"circuit\.cost needs pandas: pip install pandas"):
+        circuit.cost()
+    with pytest.raises(cl.CircuitlabError, match=r"Symmetry\.to_frame needs pandas"):
+        circuit.symmetry().to_frame()

@@ -23,7 +23,11 @@ from circuitlab.trace.permutable import Part, inside, part_products
 _SYMMETRIC = PASSING_ROLES | {"contracted", "reduced", "normalised", "created"}
 _ALIKE = _SYMMETRIC | {"joined"}
 _LARGE = 1 << 22
-"""Operands of more entries than this are not run again for each way to take an axis apart."""
+"""Calls on more numbers than this are not run again for each way to take an axis apart."""
+_ENOUGH = 1 << 16
+"""A call on more numbers than this is tested on some of the entries of its other axes,"""
+_FEW = 4
+"""at least so many of each."""
 _SPLITS = 64
 """An axis that stands at more places than this is taken apart in so many ways, drawn at random."""
 
@@ -86,15 +90,15 @@ def test_op(
         return
     run = _Runs(circuit, op, func, call, results)
     found.tolerance = max(found.tolerance, run.tolerance)
+    whole = run.case
     for axis in op.axes:
         if axis.role in _SYMMETRIC and axis.ins and circuit.wires[axis.wire].size:
-            ins: list[Spot] = [(*place, None) for place in axis.ins]
-            outs: list[Spot] = [(*place, None) for place in axis.outs]
             if axis.role == "reduced" and len(results) > 1:
                 # where the largest was: read by nobody, else the role were "ordered"
                 run.read = 1
-            _test_axis(run, axis, ins, outs, found, generator)
-            run.read = None
+            run.case = run.small(axis, generator)
+            _test_axis(run, axis, *_spots(axis), found, generator)
+            run.case, run.read = whole, None
     # what nobody reads was not claimed: the last states of a recurrent net
     run.read = 1 + max((n for n, name in enumerate(op.outputs) if name in circuit.consumers or name in circuit.outputs), default=-1)
     for wire, ins, outs in _parts(circuit, op):
@@ -125,12 +129,25 @@ def _test_axis(
 _FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
 
 
+def _spots(axis: Axis) -> tuple[list[Spot], list[Spot]]:
+    return [(*place, None) for place in axis.ins], [(*place, None) for place in axis.outs]
+
+
 class _Case:
-    """A call, what it gave, and how large its numbers are."""
+    """A call, what it gave, and how large its numbers are.
+
+    sizes: (whether of a result, its number, dimension, factor) -> how many entries are left there of an axis.
+    """
 
     def __init__(self, call: Any, results: list[torch.Tensor]) -> None:
         self.call, self.results = call, results
         self.operands = [tensor for _, tensor in tensors_in(call, torch.Tensor)]
+        self.sizes: dict[tuple[bool, int, int, int], int] = {}
+
+    @property
+    def volume(self) -> int:
+        """Numbers in its operands and results."""
+        return sum(tensor.numel() for tensor in (*self.operands, *self.results))
 
     @functools.cached_property
     def floor(self) -> float:
@@ -144,14 +161,44 @@ class _Runs:
 
     def __init__(self, circuit: Circuit, op: Op, func: Any, call: Any, results: list[torch.Tensor]) -> None:
         self.op, self.func, self.circuit = op, func, circuit
-        self.case = _Case(call, results)
+        self.case, self.whole = _Case(call, results), call
         self.tolerance = max((_tolerance(t.dtype) for t in (*results, *self.case.operands)), default=1e-8)
         self.read: int | None = None
+
+    def small(self, axis: Axis, generator: torch.Generator) -> _Case:
+        """The call on a few entries of its other axes, to test an axis of a large one; the call itself if that is none.
+
+        Where the circuit says that an axis is broadcast, some entries of it must give just these entries of the
+        results. That is tested here too: where it does not hold, the whole call is what the axis is tested on.
+        """
+        small = _Case(self.case.call, self.case.results)
+        others = [other for other in self.op.axes if other is not axis and other.role in PASSING_ROLES and other.ins]
+        for other in sorted(others, key=lambda other: -self.circuit.wires[other.wire].size):
+            size, volume = self.circuit.wires[other.wire].size, small.volume
+            keep = max(_FEW, size * _ENOUGH // max(volume, 1))
+            if volume <= _ENOUGH or keep >= size:
+                continue
+            index = torch.randperm(size, generator=generator)[:keep].sort()[0]
+            ins, outs = _spots(other)
+            operands = iter(self.reindexed(small.operands, index, ins, False, small))
+            results = self.reindexed(small.results, index, outs, True, small)
+            sizes = small.sizes | {(out, *spot[:3]): keep for out, spots in ((False, ins), (True, outs)) for spot in spots}
+            small = _Case(mapped(small.call, lambda _, operands=operands: next(operands)), results)
+            small.sizes = sizes
+        if not small.sizes:
+            return self.case
+        try:
+            got = self.again(lambda _, tensor: tensor.clone(), small)
+            pairs = list(zip(got, small.results, strict=True))[: self.read]
+            held = all(difference(a, b, small.floor) <= self.tolerance for a, b in pairs)
+        except _FAILURES:
+            return self.case
+        return small if held else self.case
 
     @functools.cached_property
     def signature(self) -> str:
         """Equal for calls of one function on the same shapes, with the same numbers."""
-        return str((self.op.fn, mapped(self.case.call, lambda tensor: (tuple(tensor.shape), tensor.dtype))))
+        return str((self.op.fn, mapped(self.whole, lambda tensor: (tuple(tensor.shape), tensor.dtype))))
 
     def again(self, change: Callable[[int, torch.Tensor], torch.Tensor], case: _Case) -> list[torch.Tensor]:
         """Results with each operand, given by its number, changed: to a tensor that may be written to."""
@@ -162,28 +209,33 @@ class _Runs:
             result = arguments[0]
         return [tensor for _, tensor in tensors_in(result, torch.Tensor)]
 
-    def reindexed(self, tensors: Sequence[torch.Tensor], index: torch.Tensor, spots: list[Spot], names: tuple[str, ...]
-                  ) -> list[torch.Tensor]:
-        """Tensors with entries of an axis at these spots chosen by the index."""
+    def reindexed(
+        self, tensors: Sequence[torch.Tensor], index: torch.Tensor, spots: list[Spot], out: bool, case: _Case
+    ) -> list[torch.Tensor]:
+        """Operands or results with entries of an axis at these spots chosen by the index."""
+        names = self.op.outputs if out else self.op.inputs
         made = list(tensors)
         for number, dim, factor, part in spots:
-            product = [self.circuit.wires[name].size for name in product_of(self.circuit, names[number], dim, part)]
+            wires = product_of(self.circuit, names[number], dim, part)
+            product = [self.circuit.wires[name].size for name in wires]
+            if part is None and case.sizes:
+                product = [case.sizes.get((out, number, dim, f), size) for f, size in enumerate(product)]
             made[number] = reindexed(made[number], dim, product, factor, part, index)
         return made
 
     def error(self, index: torch.Tensor, ins: list[Spot], outs: list[Spot], case: _Case | None = None) -> float:
         """How far re-indexed operands are from giving re-indexed results."""
         case = case or self.case
-        operands = self.reindexed(case.operands, index, ins, self.op.inputs)
+        operands = self.reindexed(case.operands, index, ins, False, case)
         got = self.again(lambda number, _: operands[number].clone(), case)
-        expected = self.reindexed(case.results, index, outs, self.op.outputs)
+        expected = self.reindexed(case.results, index, outs, True, case)
         pairs = list(zip(got, expected, strict=True))[: self.read]
         return max((difference(a, b, case.floor) for a, b in pairs), default=0.0)
 
     def moves(self, index: torch.Tensor, ins: list[Spot], outs: list[Spot], case: _Case) -> bool:
         """Whether re-indexing changes any number at these spots."""
-        pairs = [*zip(self.reindexed(case.operands, index, ins, self.op.inputs), case.operands, strict=True)]
-        pairs += [*zip(self.reindexed(case.results, index, outs, self.op.outputs), case.results, strict=True)]
+        pairs = [*zip(self.reindexed(case.operands, index, ins, False, case), case.operands, strict=True)]
+        pairs += [*zip(self.reindexed(case.results, index, outs, True, case), case.results, strict=True)]
         return any(a is not b and difference(a, b) > 10 * self.tolerance for a, b in pairs)
 
 
@@ -193,7 +245,7 @@ def _taken_apart(run: _Runs, generator: torch.Generator, size: int, ins: list[Sp
     Numbers at hand may hide that they belong together (a mask that is all ones), so whatever is found has to hold for
     random numbers too, several times.
     """
-    if len(ins) + len(outs) < 2 or sum(t.numel() for t in run.case.operands) > _LARGE or run.read is not None:
+    if len(ins) + len(outs) < 2 or run.case.volume > _LARGE or run.read is not None:
         return ""
     cases: list[_Case | None] = []
     for some, rest in _halves([(True, spot) for spot in ins] + [(False, spot) for spot in outs], generator):
@@ -249,6 +301,7 @@ def _drawn(run: _Runs, seed: int) -> _Case | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         case = _Case(mapped(run.case.call, draw), [])
+        case.sizes = run.case.sizes
         case.results = run.again(lambda _, tensor: tensor.clone(), case)
         for number, operand in enumerate(case.operands):
             if operand.numel() < 2:
@@ -304,16 +357,16 @@ def product_of(circuit: Circuit, tensor: str, dim: int, part: Part) -> tuple[str
 def reindexed(
     tensor: torch.Tensor, dim: int, product: list[int], factor: int, part: Part, index: torch.Tensor
 ) -> torch.Tensor:
-    """A tensor with entries of one factor of a dimension, or of a part of it, chosen by an index."""
+    """A tensor with entries of one factor of a dimension, or of a part of it, chosen by an index, few or many."""
     if part is not None:
         start, stop = part
         made = tensor.clone()
         made.narrow(dim, start, stop - start).copy_(
             reindexed(tensor.narrow(dim, start, stop - start), dim, product, factor, None, index))
         return made
-    shape = tensor.shape
-    wide = tensor.reshape(*shape[:dim], *product, *shape[dim + 1 :])
-    return wide.index_select(dim + factor, index.to(tensor.device)).reshape(shape)
+    before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+    wide = tensor.reshape(*before, *product, *after).index_select(dim + factor, index.to(tensor.device))
+    return wide.reshape(*before, math.prod(wide.shape[dim : dim + len(product)]), *after)
 
 
 def mapped(value: Any, change: Any) -> Any:
