@@ -14,6 +14,7 @@ from typing import Any
 
 from circuitlab.circuit import Block, Circuit, Op, _late
 from circuitlab.errors import InputError
+from circuitlab.frames import frame
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,7 @@ class Diff:
 
     def to_frame(self) -> Any:
         """The changes as a pandas DataFrame: kind, what, before, after, how."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise InputError("Diff.to_frame needs pandas: pip install pandas") from None
-        return pd.DataFrame([vars(change) for change in self.changes], columns=["kind", "what", "before", "after", "how"])
+        return frame([vars(change) for change in self.changes], ["kind", "what", "before", "after", "how"], of="Diff.to_frame")
 
     def svg(self, **options: Any) -> str:
         """Both drawings, one above the other, with what changed tinted. See `circuitlab.display.diff_svg`."""

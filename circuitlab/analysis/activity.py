@@ -18,6 +18,7 @@ from circuitlab.analysis.experts import block_of
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.tap import Tap
 from circuitlab.errors import InputError
+from circuitlab.frames import frame
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,11 @@ class Timeline(Result):
 
     def to_frame(self) -> Any:
         """Wire, module, position, token and share, as a pandas DataFrame."""
-        import pandas as pd
-
         rows = [
             (wire, module, position, self.tokens[position], float(share))
             for wire, matrix in self.shares.items() for module, line in enumerate(matrix) for position, share in enumerate(line)
         ]
-        return pd.DataFrame(rows, columns=["wire", "module", "position", "token", "share"])
+        return frame(rows, ["wire", "module", "position", "token", "share"], of="Timeline.to_frame")
 
     def plot(self, **options: Any) -> Any:
         """Token x module as a plotly Figure. See `circuitlab.plots.timeline`."""
@@ -63,9 +62,7 @@ class TopPositions(Result):
 
     def to_frame(self) -> Any:
         """Wire, module, example, position, share and text, as a pandas DataFrame."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rows, columns=["wire", "module", "example", "position", "share", "text"])
+        return frame(self.rows, ["wire", "module", "example", "position", "share", "text"], of="TopPositions.to_frame")
 
 
 def timeline(

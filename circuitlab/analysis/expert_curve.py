@@ -20,6 +20,7 @@ from circuitlab.analysis.feedforward import FeedForward
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.tap import Tap
 from circuitlab.errors import InputError
+from circuitlab.frames import frame
 
 SELECTIONS = ("oracle", "gate", "similarity", "random")
 
@@ -54,10 +55,8 @@ class ExpertCurve(Result):
 
     def to_frame(self) -> Any:
         """Partition, selection, share, loss and increase over the dense model, as a pandas DataFrame."""
-        import pandas as pd
-
-        frame = pd.DataFrame(self.rows, columns=["partition", "selection", "share", "loss"])
-        return frame.assign(increase=frame["loss"] - self.dense)
+        rows = [(*row[:4], row[3] - self.dense) for row in self.rows]
+        return frame(rows, ["partition", "selection", "share", "loss", "increase"], of="ExpertCurve.to_frame")
 
     def plot(self, **options: Any) -> Any:
         """Loss against share as a plotly Figure. See `circuitlab.plots.expert_curve`."""

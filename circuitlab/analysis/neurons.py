@@ -21,6 +21,7 @@ from circuitlab.analysis.results import Result
 from circuitlab.analysis.tap import Tap
 from circuitlab.circuit import Circuit, Wire
 from circuitlab.errors import InputError
+from circuitlab.frames import frame
 
 ROWS = 4096
 """Positions that are counted at once."""
@@ -88,16 +89,14 @@ class NeuronStats(Result):
 
     def to_frame(self) -> Any:
         """One row for each neuron, as a pandas DataFrame: neuron, firing, frequency, mean, mean_abs, second, magnitude."""
-        import pandas as pd
-
         columns = {"firing": self.firing, "frequency": self.frequency, "mean": self.mean, "mean_abs": self.mean_abs,
                    "second": self.second, "magnitude": self.magnitude}
-        frame = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+        made = frame({name: column.numpy() for name, column in columns.items()}, of="NeuronStats.to_frame")
         if self.label_names and self.label_firing is not None and self.label_n is not None:
             share = self.label_firing.double() / self.label_n.clamp(min=1)[:, None]
             for name, row in zip(self.label_names, share, strict=True):
-                frame[f"fires on {name}"] = row.numpy()
-        return frame.rename_axis("neuron").reset_index()
+                made[f"fires on {name}"] = row.numpy()
+        return made.rename_axis("neuron").reset_index()
 
     def plot(self, **options: Any) -> Any:
         """Firing and co-firing as a plotly Figure. See `circuitlab.plots.neurons`."""

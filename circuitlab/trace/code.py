@@ -1,18 +1,16 @@
-"""The blocks of a circuit as Python functions: lines that read and write tensors, then names for variables.
-
-Names are given once all lines of a function are known, so that a name can be used again where what it stood for is
-read no more: ``x = x + attn``.
-"""
+"""The blocks of a circuit as Python functions: lines that read and write tensors, named in `variables`."""
 
 from __future__ import annotations
 
 import builtins
+import functools
+import itertools
 import keyword
 import re
-from dataclasses import dataclass, field
 
-from circuitlab.circuit import Block, Circuit, Op, Tensor
+from circuitlab.circuit import Block, Circuit, Op
 from circuitlab.trace.patterns import Id, Letters, View, ascii_of, product_of
+from circuitlab.trace.variables import Function, Line, Namer, axes_of, tensor_of
 
 _EINSUMS = frozenset("matmul mm bmm mv dot einsum inner outer tensordot".split())
 _RESHAPES = frozenset(
@@ -20,47 +18,6 @@ _RESHAPES = frozenset(
     "expand broadcast_to repeat tile _unsafe_view".split()
 )
 _RESERVED = frozenset("torch F einsum rearrange repeat expect m each".split())
-
-_WIDE = 108
-"""Lines longer than this go without a note."""
-
-
-@dataclass
-class Line:
-    """Statements. In the text ``$0``, ``$1`` ... are what is read, ``$out`` the one written where it is set up inside.
-
-    Keys of reads and writes: a tensor's name, ``"name@form"`` for the tensor re-indexed, ``"size of wire"``, or
-    ``"module path"`` for where parameters are. words are for what is written; named says that they are the author's, to
-    be used even where an older name is free.
-    """
-
-    text: str
-    reads: list[str]
-    writes: list[str]
-    note: str = ""
-    words: list[str] = field(default_factory=list[str])
-    named: bool = False
-
-
-@dataclass
-class Function:
-    """A block written as a function.
-
-    Attributes:
-        args: keys of what it is given. outs: tensors it gives back. names: what it calls those.
-        same: tensors made in the block that are what it was given, and the keys of those.
-        uses_m: whether it is given its module.
-    """
-
-    name: str
-    base: str
-    args: list[str] = field(default_factory=list[str])
-    outs: list[str] = field(default_factory=list[str])
-    names: list[str] = field(default_factory=list[str])
-    same: dict[str, str] = field(default_factory=dict[str, str])
-    uses_m: bool = False
-    text: str = ""
-
 
 class Writer:
     """Writes all functions of a circuit."""
@@ -140,8 +97,9 @@ class _Body:
         self.base = "" if block is writer.circuit.root else block.name.split("/")[0].split("#")[0]
         self.lines: list[Line] = []
         self.views: dict[str, View] = {}
-        self.known: list[str] = []
-        self.outer = writer.read_by(block)
+        self.written: set[str] = set()
+        self.known: dict[str, None] = {}
+        self.holders: dict[str, str] = {}  # a wire -> the first array at hand with a dimension of it
 
     def function(self) -> Function:
         root = self.block is self.circuit.root
@@ -155,8 +113,8 @@ class _Body:
                 function.outs.append(name)
             else:
                 function.same[name] = key
-        self.lines.append(Line("return", [self._solid(name) for name in function.outs], []))
-        _Namer(self, function, root).finish()
+        self._add(Line("return", [self._solid(name) for name in function.outs], []))
+        Namer(self.circuit, self.lines, function, self.writer.names, root=root).finish()
         self.writer.keep(function, "forward" if root else _snake(self.block.title))
         return function
 
@@ -184,21 +142,32 @@ class _Body:
         self._line(Line(text, reads, list(inner.outs), words=[prefer] if named else inner.names, named=named))
 
     def _line(self, line: Line) -> None:
-        line.note = line.note or "; ".join(self.dims(key) for key in line.writes if " " not in key)
+        line.note = line.note or "; ".join(axes_of(self.circuit, key) for key in line.writes if " " not in key)
+        self._add(line)
+        for key in (*line.reads, *line.writes):
+            if " " not in key and key not in self.known:
+                self.known[key] = None
+                self._holds(key, self.holders)
+
+    def _add(self, line: Line) -> None:
         self.lines.append(line)
-        self.known += [key for key in (*line.reads, *line.writes) if " " not in key and key not in self.known]
+        self.written.update(line.writes)
 
-    def dims(self, key: str) -> str:
-        """The axes of a tensor, as letters."""
-        return " ".join(self._dim(dim) for dim in self.tensor(key).dims)
+    def _holds(self, key: str, holders: dict[str, str]) -> None:
+        """Note the wires whose sizes can be read off an array."""
+        tensor = tensor_of(self.circuit, key)
+        if tensor.kind in ("input", "value"):
+            for dim in tensor.dims:
+                if len(dim) == 1:
+                    holders.setdefault(dim[0], key)
 
-    def _dim(self, names: tuple[str, ...]) -> str:
-        labels = [ascii_of(self.circuit.wires[name].label) for name in names]
-        return labels[0] if len(labels) == 1 else f"({' '.join(labels)})" if labels else "1"
-
-    def tensor(self, key: str) -> Tensor:
-        """The tensor of a key."""
-        return self.circuit.tensor(key.split("@", maxsplit=1)[0])
+    @functools.cached_property
+    def outer(self) -> dict[str, str]:
+        """A wire -> the first array with a dimension of it that the block reads, or the circuit."""
+        found: dict[str, str] = {}
+        for name in (*self.writer.read_by(self.block), *self.circuit.inputs):
+            self._holds(name, found)
+        return found
 
     def _op(self, op: Op, prefer: str) -> None:
         if op.call == "$0":
@@ -215,7 +184,7 @@ class _Body:
         text = op.call.replace("$$", "\0")
         text = re.sub(r"\$\[(\d+):(\d+)\]", lambda found: self._size(op, int(found[1]), int(found[2]), reads), text)
         if "$device" in text:
-            near = next((key for key in (*reads, *self.known, *self.circuit.inputs[:1]) if " " not in key), None)
+            near = next((key for key in itertools.chain(reads, self.known, self.circuit.inputs[:1]) if " " not in key), None)
             if near is not None and near not in reads:
                 reads.append(near)
             device = "" if near is None else f"${reads.index(near)}.device"
@@ -236,15 +205,16 @@ class _Body:
         key = f"size of {name}"
         if any(part is None for *_, part in wire.places) or (wire.places and name not in self.writer.given):
             return str(wire.size)
-        if key not in {k for line in self.lines for k in line.writes}:
-            for known in (*reads, *self.known, *self.outer, *self.circuit.inputs):
-                dims = self.tensor(known).dims if " " not in known else ()
-                if (name,) in dims and self.tensor(known).kind in ("input", "value"):
-                    at = dims.index((name,))
-                    self.lines.append(Line(f"$0.shape[{at}]", [known], [key], words=[f"n_{ascii_of(wire.label)}"]))
-                    break
-            else:
+        if key not in self.written:
+            near: dict[str, str] = {}
+            for known in reads:
+                if " " not in known:
+                    self._holds(known, near)
+            known = near.get(name) or self.holders.get(name) or self.outer.get(name)
+            if known is None:
                 return str(wire.size)
+            at = tensor_of(self.circuit, known).dims.index((name,))
+            self._add(Line(f"$0.shape[{at}]", [known], [key], words=[f"n_{ascii_of(wire.label)}"]))
         if key not in reads:
             reads.append(key)
         return f"${reads.index(key)}"
@@ -284,7 +254,7 @@ class _Body:
         if view.is_plain():
             return view.base
         key = f"{name}@"
-        if not any(key in line.writes for line in self.lines):
+        if key not in self.written:
             self._line(self._rearranged(view, key))
         self.views[name] = View(key, view.dims, view.dims)
         return key
@@ -331,174 +301,6 @@ class _Body:
                     words=[prefer or _word(op.fn)], named=bool(prefer))
         self._line(line)
         return True
-
-
-class _Namer:
-    """Names for variables, and the text of a function."""
-
-    def __init__(self, body: _Body, function: Function, root: bool) -> None:
-        self.body, self.function, self.root = body, function, root
-        self.circuit = body.circuit
-        self.last: dict[str, int] = {}
-        self.var: dict[str, str] = {}
-        self.arguments: dict[str, str] = {}
-        self.words = iter(["x", "y", "z", *(f"x{n}" for n in range(4, 1000))])
-        for number, line in enumerate(body.lines):
-            for key in line.reads:
-                self.last[key] = number
-        if root:
-            for name in self.circuit.inputs:
-                self._argument(name)
-
-    def finish(self) -> None:
-        """Fill in the function's arguments and text."""
-        texts: list[tuple[str, str]] = []
-        for number, line in enumerate(self.body.lines):
-            reads = [self._read(key) for key in line.reads]
-            if line.text == "return":
-                self.function.names = reads
-                given = f"[{', '.join(reads)}]" if self.root else ", ".join(reads)
-                texts += [(f"return {given}", "")] if given else []
-                continue
-            names = self._written(line, number)
-            if "$out" in line.text:
-                text = _filled(line.text.replace("$out", "\1"), reads).replace("\1", names[0])
-            else:
-                text = _filled(line.text, reads)
-                text = f"{', '.join(names)} = {text}" if names else text
-            texts += [(row, line.note if row is text.splitlines()[-1] else "") for row in text.splitlines()]
-        if self.root:
-            args = ["m", *(self.arguments[name] for name in self.circuit.inputs)]
-        else:
-            args = (["m"] if self.function.uses_m else []) + [self.arguments[key] for key in self.function.args]
-        given = [key for key in self.function.args if not key.startswith("module ")]
-        dims = [self.body.dims(key) for key in given if self.body.tensor(key).kind in ("input", "value")]
-        outs = ", ".join(self.body.dims(key) for key in self.function.outs)
-        says = f'    """{", ".join(dims)} -> {outs}"""\n'
-        self.function.text = "(" + ", ".join(args) + "):\n" + says + _laid_out(_looped(texts))
-
-    def _argument(self, key: str) -> str:
-        if key.startswith("module "):
-            word = key[7:].rpartition(".")[2] or "module"
-        else:
-            tensor = self.body.tensor(key)
-            if tensor.kind == "input":
-                word = re.sub(r"\W+", "_", tensor.name).strip("_")
-            elif tensor.kind in ("parameter", "buffer", "constant"):
-                word = re.sub(r"\W+", "_", tensor.name.rpartition(".")[2]).strip("_")
-            else:
-                word = next(self.words)
-        name = self._free(word, 0)
-        self.arguments[key] = self.var[key] = name
-        self.function.args.append(key)
-        return name
-
-    def _read(self, key: str) -> str:
-        if key in self.var:
-            return self.var[key]
-        path = key[7:] if key.startswith("module ") else ""
-        tensor = None if path or " " in key or key == "module " else self.body.tensor(key)
-        if key.startswith("module ") or (tensor is not None and tensor.kind in ("parameter", "buffer", "constant")):
-            path = path if tensor is None else tensor.name
-            base = self.body.base
-            if not base or path == base or path.startswith(base + "."):
-                self.function.uses_m = True
-                return _attribute(path[len(base) :].lstrip("."))
-        return self._argument(key)
-
-    def _written(self, line: Line, number: int) -> list[str]:
-        names: list[str] = []
-        words = _pieces(self.var.get(line.reads[0], "") if line.reads else "", line.words, len(line.writes))
-        for key, word in zip(line.writes, words, strict=True):
-            if key not in self.last:
-                names.append("_")
-                continue
-            name = self._again(line, key, number) if len(words) == 1 and not line.named else ""
-            names.append(name or self._free(word, number))
-            self.var[key] = names[-1]
-        return names
-
-    def _again(self, line: Line, key: str, number: int) -> str:
-        """The name of an array that is read here for the last time and has the same axes: x = x + y."""
-        if " " in key:
-            return ""
-        mine = self.body.tensor(key)
-        for read in line.reads:
-            if " " in read or self.last[read] != number or read not in self.var:
-                continue
-            its = self.body.tensor(read)
-            if key.endswith("@") and read == line.reads[0] or (its.dims == mine.dims and its.dtype == mine.dtype):
-                return self.var[read]
-        return ""
-
-    def _free(self, word: str, number: int) -> str:
-        taken = {name for key, name in self.var.items() if self.last.get(key, -1) > number - (number == 0)}
-        taken |= self.body.writer.names
-        word = word if word.isidentifier() and not keyword.iskeyword(word) else f"x_{word}" if word else "x"
-        name, count = word, 1
-        while name in taken:
-            count += 1
-            name = f"{word}{count}"
-        return name
-
-
-def _pieces(whole: str, words: list[str], count: int) -> list[str]:
-    """Words for several results: of qkv q, k and v; of gate_up gate and up."""
-    if len(words) == count:
-        return words
-    parts = list(whole) if len(whole) == count else whole.split("_")
-    good = 1 < count == len(parts) and all(part.isidentifier() for part in parts)
-    return parts if good else (words or ["x"])[:1] * count
-
-
-def _attribute(path: str) -> str:
-    """The expression for a path below ``m``: h.0.ln_1 is ``m.h[0].ln_1``."""
-    text = "m"
-    for step in re.split(r"\.(?![^\[]*\])", path) if path else []:
-        word = step.split("[")[0]
-        if step.isdigit():
-            text += f"[{step}]"
-        elif word.isidentifier() and not keyword.iskeyword(word):
-            text += f".{step}"
-        else:
-            text = f"getattr({text}, {step!r})"
-    return text
-
-
-def _filled(text: str, reads: list[str]) -> str:
-    return re.sub(r"\$(\$|\d+)", lambda found: "$" if found[1] == "$" else reads[int(found[1])], text)
-
-
-def _looped(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A chain of calls that differ in a running index only becomes a loop."""
-    made: list[tuple[str, str]] = []
-    at = 0
-    while at < len(texts):
-        text, note = texts[at]
-        found = re.match(r"^(.*\(m[\w.\[\]]*)\[(\d+)\](.*)$", text)
-        count = 1
-        while found and at + count < len(texts):
-            wanted = f"{found[1]}[{int(found[2]) + count}]{found[3]}"
-            if texts[at + count][0] != wanted:
-                break
-            count += 1
-        if found and count > 1:
-            first = int(found[2])
-            numbers = f"{first}, {first + count}" if first else str(count)
-            made += [(f"for i in range({numbers}):", ""), (f"    {found[1]}[i]{found[3]}", note)]
-        else:
-            made.append((text, note))
-            count = 1
-        at += count
-    return made
-
-
-def _laid_out(texts: list[tuple[str, str]]) -> str:
-    """Indented, with notes in one column where there is room."""
-    column = min(60, max((len(text) for text, note in texts if note and len(text) <= 60), default=0))
-    texts = [(text, note if len(text) + len(note) < _WIDE else "") for text, note in texts]
-    rows = [f"    {text.ljust(column)}  # {note}" if note else f"    {text}" for text, note in texts]
-    return "\n".join(rows or ["    return []"]) + "\n"
 
 
 def _snake(title: str) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, VerificationError
+from circuitlab.frames import frame
 from circuitlab.trace import transforms
 from circuitlab.trace.claims import (
     Claim,
@@ -51,16 +52,12 @@ class Report:
 
     def to_frame(self) -> Any:
         """All claims as a pandas DataFrame: result, kind, subject, wire, error, why, source."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise InputError("Report.to_frame needs pandas: pip install pandas") from None
         rows = [
             {"result": result, **vars(claim)}
             for result, claims in (("held", self.held), ("failed", self.failed), ("untestable", self.untestable))
             for claim in claims
         ]
-        return pd.DataFrame(rows, columns=["result", "kind", "subject", "wire", "error", "why", "source"])
+        return frame(rows, ["result", "kind", "subject", "wire", "error", "why", "source"], of="Report.to_frame")
 
     def __repr__(self) -> str:
         lines = [f"Report: {len(self.held)} held, {len(self.failed)} failed, {len(self.untestable)} not testable"]
