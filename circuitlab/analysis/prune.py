@@ -119,7 +119,7 @@ def prune_matrix(
     """Set each group of neurons to zero, and measure the loss on the examples of each label.
 
     Batches are split by label, so losses are exactly those of a label's examples, whatever the loss function. That a batch
-    can be split is tested: the loss of the first batch has to be the mean of that of its parts.
+    can be split is tested: the loss of the first batch has to be the mean of that of its first example and of the others.
 
     Args:
         model: any module with feed-forward blocks. It is run in eval mode, on a copy that shares its parameters.
@@ -213,17 +213,17 @@ class _Run:
         n = walked.examples(batch)
         if n < 2:
             return
-        at = torch.arange(n)
+        alone = torch.arange(n) == 0
         whole, weight = self(batch, None)
-        parts = [self(_rows(batch, at % 2 == side), None) for side in (0, 1)]
-        split = sum(value * w for value, w in parts if w) / max(sum(w for _, w in parts), 1)
         if not math.isfinite(whole):
             raise InputError(f"the loss of the first batch is {whole}; look at the model and at that batch")
+        parts = [self(_rows(batch, keep), None) for keep in (alone, ~alone)]
+        split = sum(value * w for value, w in parts if w) / max(sum(w for _, w in parts), 1)
         coarse = max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()), default=1e-7)
-        if sum(w for _, w in parts) != weight or abs(split - whole) > max(1e-3, 8 * coarse) * abs(whole) + 1e-5:
+        if sum(w for _, w in parts) != weight or abs(split - whole) > max(1e-4, 8 * coarse) * abs(whole) + 1e-6:
             raise InputError(
-                f"the loss of the first batch ({n} examples) is {whole:.6g}, and the mean of that of its halves {split:.6g}: examples "
-                "cannot be measured by label, for the loss is no mean over examples, the model mixes examples or draws random "
+                f"the loss of the first batch ({n} examples) is {whole:.6g}, and the mean of that of its first and of the others {split:.6g}: "
+                "examples cannot be measured by label, for the loss is no mean over examples, the model mixes examples or draws random "
                 "numbers, or the tensors of a batch do not have examples first"
             )
 
