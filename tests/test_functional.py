@@ -91,7 +91,7 @@ def test_positions_without_a_label_do_not_count():
 def test_neurons_that_detect_are_found():
     h, labels = values(2000)
     h[:, 23] = -1  # dead
-    got = functional(seen(h, labels), share=0.2)
+    got = seen(h, labels).functional(share=0.2)
     assert set(got.sets["0"]) == set(range(5))
     assert set(got.sets["1"]) == set(range(5, 10))
     assert 23 not in got.top("2", 24)

@@ -8,7 +8,8 @@ into its keys where the circuit shows it: its gain scales them, and a LayerNorm 
 Some modules are coupled more to all others than the rest are. So what is judged is the **interaction**, what a pair has beyond the
 means of its two modules, against two controls; it has to beat both (p is the larger):
 
-- **shuffled**: neurons dealt out anew to modules of the same sizes. Its variance is known exactly; p is that of the normal.
+- **shuffled**: the neurons of one block dealt out anew to modules of the same sizes, those of the other left as they are. The
+  variance is known exactly, of two the larger counts; p is that of the normal.
 - **rotated**: the stream turned at random between the two blocks. Neurons of a module write and read alike, and so couplings of
   whole modules scatter more than those of shuffled neurons, even between blocks that know nothing of each other.
 """
@@ -35,6 +36,7 @@ from circuitlab.circuit import Circuit, Tensor
 from circuitlab.errors import InputError
 
 Floats = NDArray[np.float64]
+_SCALES = frozenset("mul mul_ multiply div div_ true_divide divide dropout".split())
 ROWS = 2048
 """Neurons whose couplings with all of the next block are held at once."""
 
@@ -232,7 +234,7 @@ def _norm(circuit: Circuit, block: FeedForward) -> tuple[list[str], bool]:
             found = re.search(r"weight=\$(\d+)", op.call)
             gain = inputs[int(found[1])] if found else None
             return [*gains, *([gain.name] if gain and gain.kind == "parameter" else [])], op.fn == "layer_norm"
-        if len(carriers) != 1 or op.kind not in ("elementwise", "reindex") or op.fn not in ("mul", "mul_", "multiply", "div", "dropout") and op.kind == "elementwise":
+        if len(carriers) != 1 or not (op.kind == "reindex" or op.fn in _SCALES):
             return gains, False
         gains += [t.name for t in inputs if t.kind == "parameter" and _is_scale(t, stream) and op.fn.startswith("mul")]
         tensor = carriers[0]
@@ -271,35 +273,35 @@ class _Sums:
     """Mean |cos| between modules."""
 
     def __init__(self, keys: torch.Tensor, a: Members, b: Members, device: torch.device) -> None:
-        self.keys = keys
-        self.a, self.b = torch.from_numpy(indicators(a)).float().to(device), indicators(b)
-        self.size_a, self.size_b = np.bincount(a).astype(np.float64), np.bincount(b).astype(np.float64)
+        self.keys, self.plain_b = keys, indicators(b)
+        self.a, self.b = (torch.from_numpy(indicators(labels)).float().to(device) for labels in (a, b))
+        self.size_a, self.size_b = (np.maximum(np.bincount(labels), 1).astype(np.float64) for labels in (a, b))
+        self.share_a, self.share_b = np.bincount(a) / len(a), np.bincount(b) / len(b)
 
     def __call__(self, values: torch.Tensor) -> tuple[Floats, Floats, Floats]:
         """Means, what they are beyond those of their modules, and the standard deviation of that over shuffled neurons."""
-        fa, fb = len(values), len(self.keys)
-        by_module = torch.zeros(self.a.shape[1], fb, device=values.device)
-        rows: list[torch.Tensor] = []
-        squares = 0.0
-        for at in range(0, fa, ROWS):
+        from_module = torch.zeros(self.a.shape[1], len(self.keys), device=values.device)
+        to_module: list[torch.Tensor] = []
+        for at in range(0, len(values), ROWS):
             part = (values[at : at + ROWS] @ self.keys.T).abs_()
-            by_module += self.a[at : at + ROWS].T @ part
-            rows.append(part.mean(1))
-            squares += float(part.square().sum(1).double().sum())
-        total = by_module.double().cpu().numpy()
-        row, column = torch.cat(rows).double().cpu().numpy(), total.sum(0) / fa
-        count_a, count_b = np.maximum(self.size_a, 1), np.maximum(self.size_b, 1)
-        mean = total @ self.b / count_a[:, None] / count_b
-        beyond = mean - (total.mean(1) / count_a)[:, None] - column @ self.b / count_b + row.mean()
-        beyond[self.size_a == 0] = beyond[:, self.size_b == 0] = 0
-        left = max(squares - fb * (row**2).sum() - fa * (column**2).sum() + fa * fb * row.mean() ** 2, 0.0)
-        share_a, share_b = _drawn(self.size_a, fa), _drawn(self.size_b, fb)
-        return mean, beyond, np.sqrt(left * share_a[:, None] * share_b) / count_a[:, None] / count_b
+            from_module += self.a[at : at + ROWS].T @ part
+            to_module.append(part @ self.b)
+        left = from_module.double().cpu().numpy() / self.size_a[:, None]  # (source modules, target neurons)
+        right = torch.cat(to_module).double().cpu().numpy() / self.size_b  # (source neurons, target modules)
+        mean = left @ self.plain_b / self.size_b
+        row, column = right @ self.share_b, self.share_a @ left
+        left = left - column - (left.mean(1) - column.mean())[:, None]
+        right = right - row[:, None] - (right.mean(0) - row.mean())
+        beyond = left @ self.plain_b / self.size_b
+        spread = np.maximum((right**2).sum(0) * _drawn(self.size_a, len(right))[:, None],
+                            (left**2).sum(1)[:, None] * _drawn(self.size_b, left.shape[1]))
+        spread[self.share_a == 0] = spread[:, self.share_b == 0] = 0
+        return mean, beyond, np.sqrt(spread)
 
 
 def _drawn(size: Floats, n: int) -> Floats:
-    """Variance of the sum over a random set, as a share of the sum of squares of what it is drawn from (its mean is 0)."""
-    return size * (n - size) / max(n * (n - 1), 1)
+    """Variance of the mean of a random set, as a share of the sum of squares of what it is drawn from (its mean is 0)."""
+    return (n - size) / (size * max(n * (n - 1), 1))
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
@@ -313,7 +315,7 @@ def turned(rows: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.fl
 
     for _ in range(3):
         signs = rng.choice(np.array([-1, 1], dtype=np.float32), rows.shape[1])
-        rows = fft.dct((rows * signs)[:, rng.permutation(rows.shape[1])], norm="ortho")
+        rows = np.asarray(fft.dct((rows * signs)[:, rng.permutation(rows.shape[1])], norm="ortho"), dtype=np.float32)
     return rows
 
 

@@ -284,20 +284,20 @@ def functional(
     return Functional(stats.wire, names, n, precision, p, adjusted, live, by, share, level, len(draws))
 
 
-def average_precision(positive: NDArray[Any], total: NDArray[Any]) -> Floats:
+def average_precision(positive: Ints, total: Ints) -> Floats:
     """Average precision from counts in bins of rising activation: (..., bins) -> (...), NaN where nothing is positive."""
-    hits = np.cumsum(positive[..., ::-1], -1, dtype=np.float64)
-    seen = np.cumsum(total[..., ::-1], -1, dtype=np.float64)
-    terms = positive[..., ::-1] * np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
-    found = hits[..., -1]
-    return np.divide(terms.sum(-1), found, out=np.full(found.shape, np.nan), where=found > 0)
+    hits: Floats = np.cumsum(positive[..., ::-1], -1, dtype=np.float64)
+    seen: Floats = np.cumsum(total[..., ::-1], -1, dtype=np.float64)
+    area = (positive[..., ::-1] * np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)).sum(-1)
+    found = positive.sum(-1)
+    return np.divide(area, found, out=np.full(area.shape, np.nan), where=found > 0)
 
 
 def adjust(pvalues: Floats) -> Floats:
     """p-values adjusted for their number by Benjamini & Hochberg (1995), in the same shape."""
     from scipy import stats
 
-    return stats.false_discovery_control(pvalues, axis=None).reshape(pvalues.shape) if pvalues.size else pvalues
+    return stats.false_discovery_control(pvalues.ravel()).reshape(pvalues.shape) if pvalues.size else pvalues
 
 
 def _histogram(stats: NeuronStats, by: str) -> Ints:

@@ -181,7 +181,7 @@ def stability(
     if all(modules):
         return _partitions(wire, steps, found, shuffles, rng)
     table, ranks = _spearman(found), _standard_ranks(found)
-    drawn = [a[rng.permutation(len(a))] @ b / len(a) for a, b in pairwise(ranks) for _ in range(shuffles)]
+    drawn = [float(a[rng.permutation(len(a))] @ b / len(a)) for a, b in pairwise(ranks) for _ in range(shuffles)]
     name = score if isinstance(score, str) else getattr(score, "__name__", "score")
     return Stability(wire, steps, {"spearman": table}, {"spearman": _bound(drawn)}, (), name if hasattr(pairs[0][1], "firing") else "score")
 
@@ -217,7 +217,7 @@ def observe_checkpoints(
 
     copied, _, _ = copy_model(model, (), convert=_unshared)
     found: dict[str, dict[Step, Any]] = {}
-    pairs: Iterable[tuple[Step, Any]] = checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints
+    pairs = cast("Mapping[Step, Any]", checkpoints).items() if isinstance(checkpoints, Mapping) else checkpoints
     for step, given in pairs:
         _load(copied, step, given)
         try:
