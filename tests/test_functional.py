@@ -106,6 +106,8 @@ def test_neurons_that_detect_are_found():
     assert frame["functional"].sum() == sum(map(len, got.sets.values()))
     assert "0: 5, 1: 5" in repr(got)
     assert len(overlaps.to_frame()) == 3
+    assert overlaps.plot().data[0].z.shape == (3, 3)
+    assert got.plot(4).data[0].z.shape == (3, 12)
 
 
 def test_jaccard_and_its_chance():
@@ -180,6 +182,7 @@ def test_modules_that_specialise():
     frame = found.to_frame()
     assert frame.loc[(frame.label == "0") & (frame.module == 0), "fold"].item() > 3
     assert "0: 0, 1: 1" in repr(found)
+    assert found.plot().data[0].z[0, 0] > 3
 
 
 def test_enrichment_of_random_modules_is_calibrated():
@@ -278,6 +281,8 @@ def test_groups_of_partitions_and_of_labels(classifier):
     own = prune_matrix(model, found, [(h, labels)], "cross_entropy", lambda batch: batch[1], draws=2, progress=False)
     assert np.allclose(own.loss, parts.loss[:3], rtol=1e-12)
     assert own.to_frame().shape == (9, 8)
+    assert np.allclose(own.plot().data[0].z, own.increase)
+    assert np.allclose(own.plot(beyond_random=True).data[0].z, own.increase - own.random_increase)
     assert "without 0 (4 neurons)" in repr(own)
 
 

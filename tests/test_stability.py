@@ -144,6 +144,8 @@ def test_frames_and_disk(tmp_path):
     frame = got.to_frame()
     assert list(frame.columns) == ["step", "ari to next", "ari to last", "ari by chance", "nmi to next", "nmi to last", "nmi by chance"]
     assert frame["ari to last"].iloc[-1] == 1
+    assert got.plot().data[0].type == "sankey"
+    assert got.plot("nmi").data[0].z.shape == (6, 6)
     again = Stability.load(got.save(tmp_path / "s.npz"))
     assert again.steps == got.steps
     assert np.array_equal(again.flows[0], got.flows[0])

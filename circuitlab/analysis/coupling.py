@@ -49,8 +49,9 @@ class Coupling(Result):
         source, target: names of the wires, in the order of the run.
         kind: "weights" (mean |cos| of values and keys) or "lift" (of firing together).
         value: float64 (source modules, target modules).
-        expected: what it would be without anything between just these two modules, float64 (source modules, target modules).
-        spread: standard deviation of `value` over controls, float64 (source modules, target modules).
+        expected: what it would be without anything between just these two modules, float64 (source modules, target modules);
+            where there are several kinds of controls, the largest mean of one.
+        spread: standard deviation of `value` over controls, the largest of any kind, float64 (source modules, target modules).
         pvalue: of as much or more, float64 (source modules, target modules). adjusted: by Benjamini & Hochberg over all pairs.
         controls: number of controls that were drawn. seed: of these.
         source_sizes, target_sizes: int64, neurons of each module.
@@ -91,11 +92,15 @@ class Coupling(Result):
             "adjusted": self.adjusted.ravel(),
         })
 
-    def plot(self, **options: Any) -> Any:
-        """Modules across layers as a plotly Figure. See `circuitlab.plots.coupling`."""
+    def plot(self) -> Any:
+        """Standard deviations above what is expected, for all pairs, as a plotly Figure."""
         import importlib
 
-        return importlib.import_module("circuitlab.plots").coupling(self, **options)
+        return importlib.import_module("circuitlab.plots").matrix(
+            self.z, [f"{m}" for m in range(len(self.value))], [f"{m}" for m in range(self.value.shape[1])],
+            title=f"{self.kind} of modules, standard deviations above chance", row_title=f"modules of {self.source}",
+            column_title=f"modules of {self.target}", diverging=True,
+        )
 
     def __repr__(self) -> str:
         a, b = self.value.shape
@@ -158,14 +163,13 @@ def chain(circuit: Circuit, partitions: Mapping[Any, Any]) -> list[tuple[FeedFor
     """
     if not isinstance(partitions, Mapping) or len(partitions) < 2:
         raise InputError("partitions must be {wire name: partition} of at least two wires")
-    order = {op.name: number for number, op in enumerate(circuit.ops)}
     chosen: list[tuple[FeedForward, Members]] = []
     for wire, partition in partitions.items():
         (block,) = _chosen(circuit, [wire]).values()
         chosen.append((block, members(partition, size=block.size, wire=block.wire)))
     if len({block.wire for block, _ in chosen}) < len(chosen):
         raise InputError(f"partitions names a wire twice: {', '.join(block.wire for block, _ in chosen)}")
-    return sorted(chosen, key=lambda item: order[item[0].values[0].op])
+    return sorted(chosen, key=lambda item: item[0].values[0].order)
 
 
 # the stream -------------------------------------------------------------------------------------------

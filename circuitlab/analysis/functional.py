@@ -127,11 +127,15 @@ class Functional(Result):
             "pvalue": self.pvalue.ravel(), "adjusted": self.adjusted.ravel(), "functional": chosen.ravel(),
         })
 
-    def plot(self, **options: Any) -> Any:
-        """AP of the labels' neurons as a plotly Figure. See `circuitlab.plots.functional`."""
+    def plot(self, count: int = 10) -> Any:
+        """AP of each label's best neurons for all labels, as a plotly Figure."""
         import importlib
 
-        return importlib.import_module("circuitlab.plots").functional(self, **options)
+        best = np.concatenate([self.top(name, count) for name in self.label_names])
+        return importlib.import_module("circuitlab.plots").matrix(
+            self.precision[:, best], self.label_names, [f"{at // count + 1}.{at % count + 1} {j}" for at, j in enumerate(best)],
+            title=f"{self.wire}: average precision of the {count} best neurons of each label", row_title="label", column_title="neuron",
+        )
 
     def _row(self, label: Any) -> int:
         if str(label) not in self.label_names:
@@ -185,6 +189,14 @@ class Overlaps(Result):
         ]
         return pd.DataFrame(rows, columns=["label", "other", "size", "other size", "shared", "expected", "jaccard", "pvalue"])
 
+    def plot(self) -> Any:
+        """Jaccard of all pairs as a plotly Figure."""
+        import importlib
+
+        return importlib.import_module("circuitlab.plots").matrix(
+            self.jaccard, self.label_names, self.label_names, title=f"{self.wire}: functional neurons in common (Jaccard)", row_title="label", column_title="label",
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Enrichment(Result):
@@ -237,6 +249,16 @@ class Enrichment(Result):
             "fold": np.divide(self.overlap.ravel(), expected, out=np.full(len(expected), np.nan), where=expected > 0),
             "pvalue": self.pvalue.ravel(), "adjusted": self.adjusted.ravel(), "significant": self.significant.ravel(),
         })
+
+    def plot(self) -> Any:
+        """Functional neurons in each module, as multiples of what is expected, as a plotly Figure."""
+        import importlib
+
+        fold = np.divide(self.overlap, self.expected, out=np.full(self.overlap.shape, np.nan), where=self.expected > 0)
+        return importlib.import_module("circuitlab.plots").matrix(
+            fold, self.label_names, [f"{m}" for m in range(len(self.module))], title=f"{self.wire}: functional neurons in modules, against chance",
+            row_title="label", column_title="module",
+        )
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}: {', '.join(map(str, found)) or 'none'}" for name, found in self.specialists.items())

@@ -4,13 +4,18 @@ With s_m the number of neurons of module m that fire at a position, the lift of 
 much more often pairs of their neurons fire together than if the modules knew nothing of each other, 1 if they do not. Sums
 of s_m t_n are exact, and take modules x modules numbers alone.
 
-Controls pair each example's firing in one block with another example's in the other. So lift that comes from what positions
-or neighbours have in common, whatever the example, is not taken for more.
+There are two kinds of controls, and a pair has to beat both (p is the larger):
+
+- **other examples**: each example's firing in one block is paired with another example's in the other. What positions or
+  neighbours have in common, whatever the example, is no lift.
+- **shuffled**: the neurons of one block dealt out anew to modules of the same sizes, those of the other left as they are. Where
+  all neurons fire more on some examples, any modules have some lift.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +28,7 @@ from circuitlab.analysis.coupling import Coupling, chain, pooled
 from circuitlab.analysis.feedforward import FeedForward
 from circuitlab.analysis.functional import adjust
 from circuitlab.analysis.membership import Members, indicators
-from circuitlab.analysis.neurons import NeuronStats, _Aligned, _leading, _mask, _Parts, _traced
+from circuitlab.analysis.neurons import NeuronStats, _Aligned, _alone, _mask, _Parts, _traced
 from circuitlab.analysis.tap import Tap
 from circuitlab.errors import InputError
 
@@ -50,7 +55,7 @@ def cofiring_lift(
         stats: what `observe` gave, which tells above what a neuron fires.
         partitions: wire name -> `Partition`, or one module number for each neuron.
         mask: positions to count, as in `observe`.
-        controls: number of times that examples are paired anew.
+        controls: number of times that examples are paired anew, and that neurons are shuffled.
         seed: of these.
         progress: show a progress bar.
 
@@ -69,17 +74,17 @@ def cofiring_lift(
     with walked.evaluated(model) as copied:
         first = walked.to_device(first, device)
         circuit = _traced(copied, first)
-        found = chain(circuit, partitions)
+        found = [(_alone(block, walked.examples(first)), labels) for block, labels in chain(circuit, partitions)]
         if missing := [block.wire for block, _ in found if block.wire not in stats]:
             raise InputError(f"stats has nothing of {', '.join(missing)}; observe these wires first: it holds {', '.join(stats)}")
-        leading = {block.wire: _leading(circuit, block, walked.examples(first)) for block, _ in found}
-        counts = _Counts(copied, found, {block.wire: stats[block.wire].threshold for block, _ in found}, device)
+        thresholds = {block.wire: stats[block.wire].threshold for block, _ in found}
+        counts = _Counts(copied, found, thresholds, device, controls, np.random.default_rng(seed))
         joints = [_Joint(controls, np.random.default_rng([seed, number])) for number in range(len(found) - 1)]
         for _, batch in walked.walk(batches, device, what="modules firing together", progress=progress):
-            firing, examples = counts(batch, leading, _mask(mask, batch)), walked.examples(batch)
+            firing, examples = counts(batch, _mask(mask, batch)), walked.examples(batch)
             for joint, ((a, _), (b, _)) in zip(joints, pairwise(found), strict=True):
-                if len(firing[a.wire][0]) != len(firing[b.wire][0]):
-                    raise InputError(f"{a.wire} runs on {len(firing[a.wire][0])} positions and {b.wire} on {len(firing[b.wire][0])}: "
+                if len(firing[a.wire].true) != len(firing[b.wire].true):
+                    raise InputError(f"{a.wire} runs on {len(firing[a.wire].true)} positions and {b.wire} on {len(firing[b.wire].true)}: "
                                      "they cannot fire together")
                 joint.add(firing[a.wire], firing[b.wire], examples)
     return tuple(
@@ -88,21 +93,32 @@ def cofiring_lift(
     )
 
 
-Kept = tuple[NDArray[np.float64], NDArray[np.int64]]
-"""Neurons that fire (positions, modules), and the example of each position."""
+@dataclass
+class _Kept:
+    """Neurons that fire at each position, (positions, modules): of true modules, of shuffled ones (draws in turn); its example."""
+
+    true: torch.Tensor
+    shuffled: torch.Tensor
+    example: NDArray[np.int64]
 
 
 class _Counts:
     """How many neurons of each module fire at each position."""
 
     def __init__(
-        self, model: torch.nn.Module, found: list[tuple[FeedForward, Members]], thresholds: Mapping[str, float], device: torch.device
+        self, model: torch.nn.Module, found: list[tuple[FeedForward, Members]], thresholds: Mapping[str, float], device: torch.device,
+        draws: int, rng: np.random.Generator,
     ) -> None:
         self.model, self.thresholds = model, thresholds
         self.blocks = {block.wire: block for block, _ in found}
-        self.modules = {block.wire: torch.from_numpy(indicators(labels)).float().to(device) for block, labels in found}
+        self.size = {block.wire: int(labels.max()) + 1 for block, labels in found}
+        self.modules = {
+            block.wire: torch.from_numpy(np.hstack([indicators(labels), *(indicators(rng.permutation(labels)) for _ in range(draws))])).float().to(device)
+            for block, labels in found
+        }
+        self.exact = torch.float64 if device.type != "mps" else torch.float32
 
-    def __call__(self, batch: Any, leading: Mapping[str, int | None], mask: torch.Tensor | None) -> dict[str, Kept]:
+    def __call__(self, batch: Any, mask: torch.Tensor | None) -> dict[str, _Kept]:
         parts = {wire: _Parts() for wire in self.blocks}
 
         def visit(wire: str, hidden: torch.Tensor) -> None:
@@ -111,16 +127,17 @@ class _Counts:
         args, kwargs = walked.inputs_of(self.model, batch)
         with Tap(self.model, self.blocks, visit):
             self.model(*args, **kwargs)
-        found: dict[str, Kept] = {}
+        found: dict[str, _Kept] = {}
         for wire, modules in self.modules.items():
-            seen = _Aligned(parts[wire], leading[wire], walked.examples(batch), mask, None, wire)
+            seen = _Aligned(parts[wire], self.blocks[wire].batch, walked.examples(batch), mask, None, wire)
             if not seen.rows:
                 raise InputError(f"the values of {wire} were not read in this run; the model takes another way for this batch than for the first")
             rows = torch.cat([(part.abs() > self.thresholds[wire]).float() @ modules for part in seen.rows])
             example = torch.arange(len(rows), device=rows.device) * walked.examples(batch) // max(len(rows), 1)
             if seen.mask is not None:
                 rows, example = rows[seen.mask], example[seen.mask]
-            found[wire] = rows.cpu().double().numpy(), example.cpu().numpy()
+            rows = rows.to(self.exact)
+            found[wire] = _Kept(rows[:, : self.size[wire]], rows[:, self.size[wire] :], example.cpu().numpy())
         return found
 
 
@@ -134,11 +151,16 @@ class _Joint:
         self.right: list[NDArray[np.float64]] = []
         self.example: list[NDArray[np.int64]] = []
         self.sums: tuple[Any, ...] = ()
+        self.shuffle_source: Any = 0.0
+        self.shuffle_target: Any = 0.0
 
-    def add(self, a: Kept, b: Kept, examples: int) -> None:
-        self.left.append(a[0])
-        self.right.append(b[0])
-        self.example.append(a[1] + self.examples)
+    def add(self, a: _Kept, b: _Kept, examples: int) -> None:
+        one, other = (a.shuffled.T @ b.true).cpu().double(), (a.true.T @ b.shuffled).cpu().double()
+        self.shuffle_source += np.hstack([one.numpy(), a.shuffled.sum(0).cpu().double().numpy()[:, None]])
+        self.shuffle_target += np.vstack([other.numpy(), b.shuffled.sum(0).cpu().double().numpy()])
+        self.left.append(a.true.cpu().double().numpy())
+        self.right.append(b.true.cpu().double().numpy())
+        self.example.append(a.example + self.examples)
         self.examples += examples
         if sum(map(len, self.left)) >= POSITIONS:
             self.flush()
@@ -173,7 +195,17 @@ class _Joint:
         if not self.shuffled:
             raise InputError(f"{self.n} positions are too few to tell whether {source} and {target} fire together")
         s, t, true, drawn = self.sums
-        scale = self.n / np.where(np.outer(s, t) > 0, np.outer(s, t), np.nan)
-        value, controls = true * scale, drawn * scale
-        p = pooled(value, controls)
-        return Coupling(source, target, "lift", value, controls.mean(0), controls.std(0, ddof=1), p, adjust(p), self.controls, seed, sizes_a, sizes_b)
+        a, b = len(s), len(t)
+        one, sums_a = self.shuffle_source[:, :b].reshape(-1, a, b), self.shuffle_source[:, b].reshape(-1, a, 1)
+        other, sums_b = self.shuffle_target[:a].reshape(a, -1, b).swapaxes(0, 1), self.shuffle_target[a].reshape(-1, 1, b)
+        value = _lift(true, s[:, None], t, self.n)
+        kinds = _lift(drawn, s[:, None], t, self.n), _lift(one, sums_a, t, self.n), _lift(other, s[:, None], sums_b, self.n)
+        p = np.max([pooled(value, controls) for controls in kinds], 0)
+        expected = np.max([controls.mean(0) for controls in kinds], 0)
+        spread = np.max([controls.std(0, ddof=1) for controls in kinds], 0)
+        return Coupling(source, target, "lift", value, expected, spread, p, adjust(p), self.controls, seed, sizes_a, sizes_b)
+
+
+def _lift(joint: Any, one: Any, other: Any, n: int) -> Any:
+    expected = one * other
+    return joint * n / np.where(expected > 0, expected, np.nan)

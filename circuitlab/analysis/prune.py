@@ -90,11 +90,15 @@ class PruneMatrix(Result):
             "pvalue": self.pvalue.ravel(),
         })
 
-    def plot(self, **options: Any) -> Any:
-        """The matrix as a plotly Figure. See `circuitlab.plots.prune`."""
+    def plot(self, *, beyond_random: bool = False) -> Any:
+        """How much the loss rises as a plotly Figure; or how much more than without random sets."""
         import importlib
 
-        return importlib.import_module("circuitlab.plots").prune(self, **options)
+        shown = self.increase - self.random_increase if beyond_random else self.increase
+        return importlib.import_module("circuitlab.plots").matrix(
+            shown, self.groups, self.label_names, title="rise of the loss" + (" beyond that of random sets" if beyond_random else ""),
+            row_title="without the neurons of", column_title="loss on", diverging=True,
+        )
 
     def __repr__(self) -> str:
         lines = [f"PruneMatrix({', '.join(self.wires)}): loss rises by"]

@@ -89,10 +89,7 @@ class Stability(Result):
         Raises:
             InputError: an unknown measure.
         """
-        measure = measure or next(iter(self.similarity))
-        if measure not in self.similarity:
-            raise InputError(f"measure={measure!r} is not known here; give one of {', '.join(self.similarity)}")
-        below = np.flatnonzero(~(self.similarity[measure][:, -1] >= level))  # NaN is not similar
+        below = np.flatnonzero(~(self.similarity[self._measure(measure)][:, -1] >= level))  # NaN is not similar
         first = int(below[-1]) + 1 if len(below) else 0
         return self.steps[first] if first < len(self.steps) - 1 else None
 
@@ -124,11 +121,26 @@ class Stability(Result):
             ]
         return pd.DataFrame(rows, columns=["step", "module", "track", "next step", "next module", "next track", "neurons", "expected"])
 
-    def plot(self, **options: Any) -> Any:
-        """Similarity over steps, or flows between modules, as a plotly Figure. See `circuitlab.plots.stability`."""
+    def plot(self, measure: str | None = None) -> Any:
+        """A measure for all pairs of steps as a plotly Figure; without one, flows between modules where these were compared.
+
+        Raises:
+            InputError: an unknown measure.
+        """
         import importlib
 
-        return importlib.import_module("circuitlab.plots").stability(self, **options)
+        plots, names = importlib.import_module("circuitlab.plots"), [f"step {step}" for step in self.steps]
+        if measure is None and self.labels:
+            return plots.flows(self.flows, names, title=f"{self.wire}: modules over training")
+        measure = self._measure(measure)
+        return plots.matrix(self.similarity[measure], names, names, title=f"{self.wire}: {measure} of {self.score or 'modules'}",
+                            row_title="", column_title="")
+
+    def _measure(self, measure: str | None) -> str:
+        measure = measure or next(iter(self.similarity))
+        if measure not in self.similarity:
+            raise InputError(f"measure={measure!r} is not known here; give one of {', '.join(self.similarity)}")
+        return measure
 
     def __repr__(self) -> str:
         told = []
