@@ -318,11 +318,12 @@ def test_random_modules_do_not_fire_together():
 
 @pytest.mark.parametrize("length", [1, 9])
 def test_blocks_that_see_different_things_do_not_fire_together(length):
-    """Examples are alike at all their positions, and differ: that alone is no lift. Nor is what a position does to all."""
+    """Examples are alike at all their positions, and neurons of a module are alike: that alone is no lift."""
     model, _ = model_and_circuit(norm=nn.Identity)
     with torch.no_grad():
-        for at, block in enumerate(model.blocks):
+        for at, (block, labels) in enumerate(zip(model.blocks, (A, B), strict=True)):
             block.value.weight.zero_()
+            block.key.weight.copy_(torch.randn(4, 24)[labels] + 0.1 * torch.randn(len(labels), 24))
             block.key.weight[:, 12 * (1 - at) : 12 * (1 - at) + 12] = 0
     false, p = 0, []
     stats = observe(model, [torch.randn(40, length, 24)], progress=False)

@@ -185,6 +185,14 @@ def test_modules_that_specialise():
     assert found.plot().data[0].z[0, 0] > 3
 
 
+def test_dead_neurons_are_no_chance_to_miss():
+    h, labels = values(2000)
+    h[:, 15:] = -1  # dead: of those that fire, modules 0 and 1 hold the neurons evenly
+    found = functional(seen(h, labels), share=0.5).enrichment(np.repeat([0, 1, 0, 1, 2], [3, 3, 5, 4, 9]))
+    assert found.module.tolist() == [8, 7, 0]
+    assert (found.pvalue[:, 2] == 1).all()
+
+
 def test_enrichment_of_random_modules_is_calibrated():
     h, labels = values(2000, f=60)
     h[:, 10:40] += 1.0 * (labels == 2)[:, None]
