@@ -327,7 +327,7 @@ def _histogram(stats: NeuronStats, by: str) -> Ints:
     if stats.histogram is None or not stats.label_names:
         raise InputError(f"these statistics of {stats.wire} know no labels: give them to observe(model, batches, wires, labels=...)")
     if len(stats.label_names) < 2:
-        raise InputError(f"{stats.wire} was observed with the label {stats.label_names[0]!r} alone, so nothing can be told from it; "
+        raise InputError(f"{stats.wire} was observed with the label {', '.join(stats.label_names)!r} alone, so nothing can be told from it; "
                          "give a label to the other positions as well")
     counts = stats.histogram.numpy().astype(np.int64)
     if by == "value":
@@ -341,7 +341,7 @@ def _histogram(stats: NeuronStats, by: str) -> Ints:
 def _rank_sum(positive: Ints, total: Ints) -> Floats:
     """Standardised rank sum of a label's positions, ties at their mean rank: (neurons, bins) -> (neurons,)."""
     tied = total.astype(np.float64)
-    n, inside = tied.sum(1), positive.sum(1, dtype=np.float64)
+    n, inside = tied.sum(1), positive.astype(np.float64).sum(1)
     ranks = np.cumsum(tied, 1) - (tied - 1) / 2
     spread = inside * (n - inside) / 12 * ((n + 1) - (tied**3 - tied).sum(1) / np.maximum(n * (n - 1), 1))
     excess = (positive * ranks).sum(1) - inside * (n + 1) / 2
