@@ -98,6 +98,12 @@ class NeuronStats(Result):
                 made[f"fires on {name}"] = row.numpy()
         return made.rename_axis("neuron").reset_index()
 
+    def functional(self, **options: Any) -> Any:
+        """How well each neuron detects each label. See `circuitlab.analysis.functional.functional`."""
+        import importlib
+
+        return importlib.import_module("circuitlab.analysis.functional").functional(self, **options)
+
     def plot(self, **options: Any) -> Any:
         """Firing and co-firing as a plotly Figure. See `circuitlab.plots.neurons`."""
         import importlib

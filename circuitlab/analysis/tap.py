@@ -27,19 +27,22 @@ class Tap(TorchFunctionMode):
         blocks: wire -> block.
         visit: gets hidden values, of shape (..., neurons), each time that a value map is about to read them.
         enter: gets the inputs of a block, of shape (..., inputs), each time that its first map is about to read them.
+        every: visit what each of several value maps of a block is about to read, as is needed to change it for all.
     """
 
     def __init__(
-        self, model: torch.nn.Module, blocks: Mapping[str, FeedForward], visit: Visit | None = None, enter: Visit | None = None
+        self, model: torch.nn.Module, blocks: Mapping[str, FeedForward], visit: Visit | None = None, enter: Visit | None = None,
+        *, every: bool = False,
     ) -> None:
         super().__init__()
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         for wire, block in blocks.items():
-            for weight, function in ((block.values[0], visit), (block.first[0], enter)):  # others would read the same
+            values = block.values if every else block.values[:1]  # others read the same
+            for weight, function in (*((value, visit) for value in values), (block.first[0], enter)):
                 if function is not None:
                     tensor = named[weight.parameter]
-                    size = block.size if weight is block.values[0] else 0
+                    size = block.size if weight in values else 0
                     self.known[tensor] = (*(self.known.get(tensor) or ()), (wire, weight, size, function))
 
     def __torch_function__(
