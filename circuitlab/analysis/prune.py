@@ -204,7 +204,7 @@ class _Run:
                 reached.add(wire)
                 return hidden.masked_fill(moved[wire], 0)
 
-            with Tap(self.model, {wire: self.blocks[wire] for wire in moved}, zero, every=True):
+            with Tap(self.model, {wire: self.blocks[wire] for wire in moved}, zero):
                 output = self.model(*args, **kwargs)
             if missed := sorted(set(moved) - reached):
                 raise InputError(f"{', '.join(missed)}: its values were not read by {self.blocks[missed[0]].values[0].parameter} in this run, "
