@@ -100,7 +100,7 @@ def places(
 
 def _strength(edges: Any) -> Floats:
     n = edges.shape[0]
-    return np.bincount(edges.row, edges.data, n) + np.bincount(edges.col, edges.data, n)
+    return np.asarray(np.bincount(edges.row, edges.data, n) + np.bincount(edges.col, edges.data, n), dtype=np.float64)
 
 
 def _clustering(graph: Any) -> Floats:
@@ -150,7 +150,7 @@ def _one_thread(seed: int) -> Iterator[None]:
             networkit.setNumberOfThreads(threads)
 
 
-def _cartography(edges: Any, strength: Floats, modules: NDArray[np.int64]) -> dict[str, Floats]:
+def _cartography(edges: Any, strength: Floats, modules: NDArray[np.int64]) -> dict[str, Any]:
     """Participation coefficient and within-module z-score."""
     n, k = len(modules), int(modules.max()) + 1
     both: Any = sparse.csr_array(edges + edges.T)
@@ -158,11 +158,12 @@ def _cartography(edges: Any, strength: Floats, modules: NDArray[np.int64]) -> di
     toward = np.asarray((both @ member).toarray())
     share = np.divide(toward, strength[:, None], out=np.zeros_like(toward), where=strength[:, None] > 0)
     participation = np.where(strength > 0, 1 - (share**2).sum(axis=1), 0.0)
-    inside: Any = toward[np.arange(n), modules]
+    inside = toward[np.arange(n), modules]
     size = np.bincount(modules, minlength=k)
-    mean: Any = np.bincount(modules, inside, k) / np.maximum(size, 1)
-    spread: Any = np.sqrt(np.bincount(modules, (inside - mean[modules]) ** 2, k) / np.maximum(size, 1))[modules]
-    within = np.divide(inside - mean[modules], spread, out=np.zeros(n), where=spread > 1e-12 * np.maximum(mean[modules], 1e-300))
+    mean = (np.bincount(modules, inside, k) / np.maximum(size, 1))[modules]
+    away = inside - mean
+    spread = np.sqrt(np.bincount(modules, away**2, k) / np.maximum(size, 1))[modules]
+    within = np.divide(away, spread, out=np.zeros(n), where=spread > 1e-12 * np.maximum(mean, 1e-300))
     return {"participation": participation, "within": within}
 
 
@@ -177,8 +178,8 @@ def _nearest(edges: Any, neighbours: int | None) -> Any:
     if neighbours is None or neighbours >= degree.max(initial=0):
         return both
     row = np.repeat(np.arange(len(degree)), degree)
-    order = np.lexsort((both.indices, -both.data, row))
-    rank = np.arange(len(row)) - np.repeat(both.indptr[:-1], degree)
+    order = np.lexsort((both.indices, -np.asarray(both.data, dtype=np.float64), row))
+    rank = np.arange(len(row)) - np.repeat(np.asarray(both.indptr)[:-1], degree)
     kept = order[rank < neighbours]
     one_way = sparse.csr_array((both.data[kept], (row[kept], both.indices[kept])), shape=both.shape)
     return sparse.csr_array(one_way.maximum(one_way.T))
