@@ -1,8 +1,5 @@
 """The model of four sub-languages: its corpus, its training, and that its neurons do divide."""
 
-import importlib.util
-
-import numpy as np
 import pytest
 import torch
 
