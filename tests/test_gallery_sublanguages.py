@@ -1,4 +1,4 @@
-"""The model of four sub-languages: its corpus, its training, and that its neurons do divide."""
+"""The model of four sub-languages: its corpus, its training, and how it is saved."""
 
 import pytest
 import torch
