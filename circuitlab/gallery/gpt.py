@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,24 +29,25 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward network of a block. (..., d) -> (..., d)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
+        self.activation = activation
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class Block(nn.Module):
     """Attention and MLP, each on the residual stream. (b, x, d) -> (b, x, d)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -54,14 +57,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token indices (b, x) -> logits (b, x, v)."""
 
-    def __init__(self, vocabulary: int = 256, length: int = 64, width: int = 64, heads: int = 4, layers: int = 6) -> None:
+    def __init__(
+        self, vocabulary: int = 256, length: int = 64, width: int = 64, heads: int = 4, layers: int = 6,
+        activation: Callable[[Tensor], Tensor] = F.gelu, *, tied: bool = True,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.readout = nn.Linear(width, vocabulary, bias=False)
-        self.readout.weight = self.tokens.weight
+        if tied:
+            self.readout.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
