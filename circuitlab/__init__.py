@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuitlab.analysis.expert_curve import expert_curve as expert_curve
     from circuitlab.analysis.experts import to_moe as to_moe
-    from circuitlab.analysis.neurons import observe as observe
     from circuitlab.analysis.modularity import partition as partition
+    from circuitlab.analysis.neurons import observe as observe
     from circuitlab.circuit import Circuit as Circuit
     from circuitlab.circuit import load as load
     from circuitlab.errors import CircuitlabError as CircuitlabError

@@ -80,7 +80,7 @@ def phi(together: Any, firing: Floats, n: int) -> Floats:
     spread = np.sqrt(rate * (1 - rate))
     scale = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
     out = np.empty(together.shape, dtype=np.float32)
-    for rows in blocks(len(firing)):
+    for rows in blocks(len(firing), 256):
         block = together[rows] / n
         block -= rate[rows, None] * rate
         block *= scale[rows, None]
@@ -111,10 +111,10 @@ def nearest(weights: Floats, neighbours: int) -> sparse.csr_array:
         neighbours: how many edges each node keeps.
     """
     n = len(weights)
-    columns: list[NDArray[np.intp]] = []
+    columns: list[NDArray[np.int32]] = []
     values: list[Floats] = []
-    for rows in blocks(n):
-        top = np.argpartition(-weights[rows], neighbours, axis=1)[:, :neighbours]
+    for rows in blocks(n, 256):
+        top = np.argpartition(-weights[rows], neighbours, axis=1)[:, :neighbours].astype(np.int32)  # a copy: the rest can go
         columns.append(top)
         values.append(np.take_along_axis(weights[rows], top, axis=1))
     data, column = np.concatenate(values).ravel(), np.concatenate(columns).ravel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -113,11 +114,11 @@ def _settle(cost: Floats, labels: Labels, capacity: int, tolerance: float) -> La
         path = _cheapest(move, counts > capacity, counts < capacity)
         amount = min(counts[path[0]] - capacity, capacity - counts[path[-1]])
         movers: list[NDArray[np.int64]] = []
-        for a, b in zip(path, path[1:], strict=False):
+        for a, b in pairwise(path):
             extra = cost[members[a], b] - cost[members[a], a]
             movers.append(members[a][np.flatnonzero(extra <= move[a, b] + tolerance)])
         amount = max(1, min(amount, *(len(m) for m in movers)))  # points that are alike go together
-        for a, b, who in zip(path, path[1:], movers, strict=False):
+        for b, who in zip(path[1:], movers, strict=True):
             labels[who[:amount]] = b
             members[b] = np.concatenate([members[b], who[:amount]])
         for a in path:
@@ -212,7 +213,7 @@ def kmeans(points: Floats, k: int, rng: np.random.Generator, iterations: int = 5
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     n = len(points)
-    if k == 1 or k == n:
+    if k in (1, n):
         return np.arange(n, dtype=np.int64) % k
     means = seeds(points, k, rng) if start is None else start.astype(np.float32)
     labels, prices = np.full(n, -1, dtype=np.int64), None
@@ -312,7 +313,7 @@ def parts(weights: Any, k: int, embedding: Floats, rng: np.random.Generator, swe
         sweeps: at most so many reassignments.
     """
     n = len(embedding)
-    if k == 1 or k == n:
+    if k in (1, n):
         return np.arange(n, dtype=np.int64) % k
 
     def towards(labels: Labels) -> Floats:

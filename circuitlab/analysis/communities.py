@@ -48,13 +48,13 @@ def modularity(weights: Any, labels: Labels) -> float:
     return float(np.trace(between) / total - ((between.sum(axis=1) / total) ** 2).sum())
 
 
-def leiden(weights: Any, seed: int, iterations: int = 10, resolution: float = 1.0) -> Labels:
+def leiden(weights: Any, seed: int, iterations: int | None = None, resolution: float = 1.0) -> Labels:
     """Communities of high modularity, by networkit on one thread: the same seed gives the same communities.
 
     Args:
         weights: (n, n) array or scipy sparse array, symmetric, non-negative.
         seed: of networkit's own generator; no other is touched.
-        iterations: rounds of Leiden, each starting from the communities of the last.
+        iterations: rounds of Leiden, each starting from the communities of the last; None for 10, or 3 from 500,000 edges on.
         resolution: over 1 for smaller communities (Reichardt & Bornholdt, 2006).
 
     Returns:
@@ -68,6 +68,7 @@ def leiden(weights: Any, seed: int, iterations: int = 10, resolution: float = 1.
     n = weights.shape[0]
     row, column = edges.row.astype(np.intp), edges.col.astype(np.intp)
     labels = np.full(n, n, dtype=np.int64)
+    iterations = (10 if len(row) < 500_000 else 3) if iterations is None else iterations
     linked = np.zeros(n, dtype=bool)
     linked[row] = linked[column] = True
     if linked.any():

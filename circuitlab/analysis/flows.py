@@ -48,8 +48,9 @@ class Flows(Result):
         })
 
     def plot(self, **options: Any) -> Any:
-        """A plotly figure. See `circuitlab.plots`."""
-        return importlib.import_module("circuitlab.plots").plot(self, **options)
+        """The flows as a plotly Figure. See `circuitlab.plots.flows`."""
+        names = [wire or side for wire, side in zip(self.wires, ("a", "b"), strict=True)]
+        return importlib.import_module("circuitlab.plots").flows([self.flows], names, **options)
 
     def __repr__(self) -> str:
         same = "" if np.isnan(self.ari) else f"; ARI {self.ari:.3f}, NMI {self.nmi:.3f}"

@@ -1,6 +1,6 @@
-"""Hierarchical communities, bottom up, after Dreveton, Kuroda, Grossglauser & Thiran (2026), *When Does Bottom-up Beat
-Top-down in Hierarchical Community Detection?*
+"""Hierarchical communities, bottom up.
 
+After Dreveton, Kuroda, Grossglauser & Thiran (2026), *When Does Bottom-up Beat Top-down in Hierarchical Community Detection?*
 The bottom communities come first, here by Leiden within communities as long as each split beats its controls, then each node
 moves where the likelihood of a degree-corrected block model is larger (Karrer & Newman, 2011): recovery down to the
 threshold needs such a step after any good start (Abbe, 2018, section 4). Then the two communities a, b of the largest edge

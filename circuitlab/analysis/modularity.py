@@ -22,6 +22,7 @@ METHODS = ("coactivation", "keys", "hierarchy", "spectral", "interaction", "rand
 LEVEL = 0.05
 """A score is significant where p is not above this."""
 _TESTED = 4096
+_DELAY = 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,9 +108,9 @@ class Partition(Result):
             "silent": np.isin(neurons, self.silent),
         })
 
-    def plot(self, **options: Any) -> Any:
-        """A plotly figure. See `circuitlab.plots`."""
-        return importlib.import_module("circuitlab.plots").plot(self, **options)
+    def plot(self, affinity: Any = None, **options: Any) -> Any:
+        """The modules, or an affinity matrix sorted by them, as a plotly Figure. See `circuitlab.plots.partition`."""
+        return importlib.import_module("circuitlab.plots").partition(self, affinity, **options)
 
     def __repr__(self) -> str:
         sizes = self.sizes
@@ -316,7 +317,7 @@ class _Bar:
     def __init__(self, shown: bool, what: str) -> None:
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(desc=f"partition by {what}, and controls", delay=1, leave=False, disable=not shown)
+        self._bar = tqdm(desc=f"partition by {what}, and controls", delay=_DELAY, leave=False, disable=not shown)
 
     def total(self, steps: int) -> None:
         self._bar.total = self._bar.n + steps - 1

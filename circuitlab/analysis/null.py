@@ -11,7 +11,7 @@ score as well or better. Each kind of evidence has the control that keeps what i
   as before.
 - **rewired** (sparse affinities): edges are switched, every degree kept, weights dealt out anew (the configuration model;
   Maslov & Sneppen, 2002).
-- **shuffled** (weights): the entries of each column dealt out anew over the neurons (Filan et al., 2021, shuffle layers).
+- **shuffled** (keys, weights): the entries of each column dealt out anew over the neurons (Filan et al., 2021, shuffle layers).
 - **relabelled** (random partitions): other random partitions of the same sizes.
 
 Where two kinds apply, a score has to beat both.
@@ -82,7 +82,7 @@ class Rotation:
         return order, signs
 
     def back(self, rows: Floats) -> Floats:
-        """Πᵀ Fᵀ along the last axis (Π itself is left: a permutation of neurons changes no score)."""
+        """Fᵀ along the last axis; the neurons stay in the order of Π."""
         return fft.idct(rows, norm="ortho", overwrite_x=True)
 
 
@@ -103,7 +103,6 @@ class Rotated:
     """Draws R C Rᵀ for a symmetric matrix with zero diagonal; rows and columns that are zero stay so.
 
     Rows are brought to equal strength before mixing and after, and get their strengths back at the end.
-    It holds one copy of the matrix, and each draw makes one more.
     """
 
     def __init__(self, matrix: Floats, rng: np.random.Generator) -> None:
@@ -130,12 +129,9 @@ class Rotated:
         ratio = self.scale[self.rotation.order] / balance(out)
         out *= ratio[:, None]
         out *= ratio
-        if m == self.n:
-            back = np.empty(m, dtype=np.int64)
-            back[self.rotation.order] = np.arange(m)
-            return out if (self.rotation.order == np.arange(m)).all() else out[np.ix_(back, back)]
         whole = np.zeros((self.n, self.n), dtype=np.float32)
-        whole[np.ix_(self.live[self.rotation.order], self.live[self.rotation.order])] = out
+        at = self.live[self.rotation.order]
+        whole[np.ix_(at, at)] = out
         return whole
 
 
@@ -288,7 +284,10 @@ class Keys:
 
     @property
     def controls(self) -> Mapping[str, Draw]:
-        return {"rotated": lambda rng: unit(rotated_rows(self.rows, rng))}
+        return {
+            "rotated": lambda rng: unit(rotated_rows(self.rows, rng)),
+            "shuffled": lambda rng: unit(rng.permuted(self.rows, axis=0)),
+        }
 
     def part(self, members: NDArray[np.int64]) -> Keys:
         return Keys(self.rows[members])
