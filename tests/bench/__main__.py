@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import circuitlab as cl
 from circuitlab.gallery.llama import Llama
+from tests.bench import modularity
 from tests.bench.browser import frames
 from tests.ui.conftest import FLAGS
 
@@ -114,6 +115,13 @@ def unfolding():
     row("unfold a block in the widget, in the kernel", f"{best(twice) / 2 * 1000:.0f} ms", "< 150 ms")
 
 
+def modules():
+    try:
+        modularity.rows(row)
+    except ImportError:
+        print("k-means-constrained is not installed")
+
+
 def frame_times():
     browser = shutil.which("chromium")
     if browser is None:
@@ -125,7 +133,7 @@ def frame_times():
 
 
 if __name__ == "__main__":
-    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times):
+    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules):
         run()
     if "--write" in sys.argv:
         lines = ["# Benchmarks", "", "Written by `make bench ARGS=--write`; each is a ratio or a bound within one run.", "",

@@ -1,0 +1,314 @@
+"""Controls: what a score is worth where there are no modules.
+
+An optimiser finds communities in anything: a sparse random graph easily has Q = 0.3 with a dozen "modules". So each method
+is run again on controls, and its score counts only by its rank among theirs, p = (r + 1) / (n + 1), where r of n controls
+score as well or better. Each kind of evidence has the control that keeps what is not modular about it:
+
+- **random network** (co-firing): random directions in a space with the spectrum of the measured activity, and each neuron's
+  own firing rate; see `surrogate`. **independent**: neurons at their rates with nothing in common.
+- **rotated** (keys, dense affinities): neurons are replaced by random mixtures of all neurons, R X or R C Rᵀ with a random
+  orthogonal R. It keeps the spectrum and the mean, but no neuron is privileged; random keys have the same distribution after
+  as before.
+- **rewired** (sparse affinities): edges are switched, every degree kept, weights dealt out anew (the configuration model;
+  Maslov & Sneppen, 2002).
+- **shuffled** (keys, weights): the entries of each column dealt out anew over the neurons (Filan et al., 2021, shuffle layers).
+- **relabelled** (random partitions): other random partitions of the same sizes.
+
+Where two kinds apply, a score has to beat both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, sparse
+
+from circuitlab.analysis import affinity
+from circuitlab.analysis.balanced import blocks
+from circuitlab.analysis.communities import _LOCK, upper
+from circuitlab.analysis.spectral import Bipartite
+from circuitlab.analysis.surrogate import Surrogate, mirrored, simulated
+
+Floats = NDArray[np.floating[Any]]
+Draw = Callable[[np.random.Generator], Any]
+
+
+class Evidence(Protocol):
+    """What a partition is found from.
+
+    Attributes:
+        weights: what methods work on.
+        controls: name -> a function that draws `weights` without modules.
+    """
+
+    @property
+    def weights(self) -> Any: ...
+
+    @property
+    def controls(self) -> Mapping[str, Draw]: ...
+
+    def part(self, members: NDArray[np.int64]) -> Evidence:
+        """The same evidence about some of the neurons alone."""
+        ...
+
+
+# mixing neurons ---------------------------------------------------------------------------------------
+
+
+class Rotation:
+    """Random orthogonal mixtures R = Πᵀ Fᵀ (1 ⊕ S P) F Π that keep the constant vector.
+
+    Π and P are random permutations, S random signs, F the discrete cosine transform: n² log n operations to mix a matrix,
+    against n³ for a dense R (as in Ailon & Chazelle, 2009).
+    """
+
+    def __init__(self, n: int, rng: np.random.Generator) -> None:
+        self.order = rng.permutation(n)
+
+    def forward(self, rows: Floats) -> Floats:
+        """F Π along the last axis."""
+        return fft.dct(rows[..., self.order], norm="ortho", overwrite_x=True)
+
+    def mixed(self, n: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], Floats]:
+        """A drawn S P: where each coefficient comes from, and its sign."""
+        order = np.concatenate([[0], 1 + rng.permutation(n - 1)])
+        signs = rng.choice(np.array([-1, 1], dtype=np.float32), n)
+        signs[0] = 1
+        return order, signs
+
+    def back(self, rows: Floats) -> Floats:
+        """Fᵀ along the last axis; the neurons stay in the order of Π."""
+        return fft.idct(rows, norm="ortho", overwrite_x=True)
+
+
+def balance(matrix: Floats, rounds: int = 6) -> Floats:
+    """Scales s (n,) for which matrix_ij / (s_i s_j) has rows of equal sums of squares, 1 on average entry."""
+    n = len(matrix)
+    scale = np.ones(n)
+    for _ in range(rounds):
+        weight = 1 / scale**2
+        sums = np.concatenate([(matrix[rows].astype(np.float32) ** 2) @ weight.astype(np.float32) for rows in blocks(n)])
+        sums = sums.astype(np.float64) / max(n - 1, 1)
+        live = sums > 0
+        scale = np.where(live, np.sqrt(scale * np.sqrt(np.where(live, sums, 1))), scale)
+    return scale.astype(np.float32)
+
+
+class Rotated:
+    """Draws R C Rᵀ for a symmetric matrix with zero diagonal; rows and columns that are zero stay so.
+
+    Rows are brought to equal strength before mixing and after, and get their strengths back at the end.
+    """
+
+    def __init__(self, matrix: Floats, rng: np.random.Generator) -> None:
+        self.n = len(matrix)
+        self.live = np.flatnonzero([bool(matrix[i].any()) for i in range(self.n)])
+        core = matrix[np.ix_(self.live, self.live)] if len(self.live) < self.n else matrix
+        self.scale = balance(core)
+        self.rotation = Rotation(len(self.live), rng)
+        self.spectrum = np.empty(core.shape, dtype=np.float32)
+        for rows in blocks(len(core)):
+            self.spectrum[rows] = self.rotation.forward(core[rows] / self.scale[rows, None] / self.scale)
+        for columns in blocks(len(core)):
+            self.spectrum[:, columns] = self.rotation.forward(np.ascontiguousarray(self.spectrum[:, columns].T)).T
+
+    def __call__(self, rng: np.random.Generator) -> Floats:
+        m = len(self.live)
+        order, signs = self.rotation.mixed(m, rng)
+        out = np.empty((m, m), dtype=np.float32)
+        for rows in blocks(m):
+            out[rows] = self.rotation.back(self.spectrum[order[rows]][:, order] * signs[rows, None] * signs)
+        for columns in blocks(m):
+            out[:, columns] = self.rotation.back(np.ascontiguousarray(out[:, columns].T)).T
+        np.fill_diagonal(out, 0)
+        ratio = self.scale[self.rotation.order] / balance(out)
+        out *= ratio[:, None]
+        out *= ratio
+        whole = np.zeros((self.n, self.n), dtype=np.float32)
+        at = self.live[self.rotation.order]
+        whole[np.ix_(at, at)] = out
+        return whole
+
+
+def rotated_rows(rows: Floats, rng: np.random.Generator) -> Floats:
+    """R X for rows X (n, d): random mixtures of the rows, with their mean and covariance."""
+    n = len(rows)
+    rotation = Rotation(n, rng)
+    order, signs = rotation.mixed(n, rng)
+    out = np.empty((n, rows.shape[1]), dtype=np.float32)
+    for columns in blocks(rows.shape[1]):
+        spectrum = rotation.forward(np.ascontiguousarray(rows[:, columns].T, dtype=np.float32))
+        out[:, columns] = rotation.back(spectrum[:, order] * signs).T
+    return out
+
+
+# evidence ---------------------------------------------------------------------------------------------
+
+
+def graph(weights: Floats, neighbours: int | None) -> Any:
+    """The graph of dense weights: all of them up to 2,048 nodes, else the heaviest 64 of each; or as many as are given."""
+    n = len(weights)
+    if neighbours is None:
+        neighbours = 64 if n > 2048 else n
+    return weights if neighbours >= n - 1 else affinity.nearest(weights, neighbours)
+
+
+@dataclass(frozen=True, eq=False)
+class Cofiring:
+    """Signed phi (f, f) with the rates that it came from."""
+
+    correlation: Floats
+    firing: Floats
+    n: int
+    weight: str = "phi"
+    neighbours: int | None = None
+
+    def _graph(self, correlation: Floats) -> Any:
+        return graph(affinity.weigh(correlation, self.firing, self.n, self.weight), self.neighbours)
+
+    @property
+    def weights(self) -> Any:
+        return self._graph(self.correlation)
+
+    @property
+    def controls(self) -> Mapping[str, Draw]:
+        live = np.flatnonzero((self.firing > 0) & (self.firing < self.n))
+        fitted: list[Surrogate] = []
+
+        def whole(drawn: Floats) -> Any:
+            if len(live) < len(self.firing):
+                out = np.zeros_like(self.correlation)
+                out[np.ix_(live, live)] = drawn
+                drawn = out
+            return self._graph(drawn)
+
+        def network(rng: np.random.Generator) -> Any:
+            if not fitted:
+                fitted.append(Surrogate(self.correlation[np.ix_(live, live)], self.firing[live], self.n))
+            return whole(fitted[0](rng))
+
+        def independent(rng: np.random.Generator) -> Any:
+            alone = np.zeros((len(live), 0), dtype=np.float32)
+            if self.n <= max(4096, 4 * len(live)):
+                return whole(simulated(alone, self.firing[live], self.n, rng))
+            noise = rng.standard_normal((len(live), len(live)), dtype=np.float32)
+            return whole(mirrored(noise / np.float32(self.n**0.5)))
+
+        return {"random network": network, "independent": independent}
+
+    def part(self, members: NDArray[np.int64]) -> Cofiring:
+        inner = self.correlation[np.ix_(members, members)]
+        return Cofiring(inner, self.firing[members], self.n, self.weight, self.neighbours)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """An affinity as the user gave it: dense, possibly signed, or sparse."""
+
+    matrix: Any
+    neighbours: int | None = None
+    seed: int = 0
+    edges: bool | None = None
+
+    @cached_property
+    def is_graph(self) -> bool:
+        """Whether it is a graph, whose edges can be rewired: sparse, less than half filled, or all edges alike."""
+        if self.edges is not None or sparse.issparse(self.matrix):
+            return self.edges is not False
+        filled = np.count_nonzero(self.matrix) / max(self.matrix.size - len(self.matrix), 1)
+        return filled < 0.5 or np.isin(self.matrix, (0, self.matrix.max())).all().item()
+
+    @property
+    def weights(self) -> Any:
+        if sparse.issparse(self.matrix):
+            edges = upper(self.matrix)
+            return sparse.csr_array(edges + edges.T)
+        return graph(np.maximum(self.matrix, 0), self.neighbours)
+
+    @property
+    def controls(self) -> Mapping[str, Draw]:
+        if self.is_graph:
+            dense = not sparse.issparse(self.matrix)
+            edges = upper(self.matrix)
+            return {"rewired": lambda rng: rewired(edges, rng).toarray().astype(np.float32) if dense else rewired(edges, rng)}
+        rotated: list[Rotated] = []
+
+        def rotate(rng: np.random.Generator) -> Any:
+            if not rotated:
+                rotated.append(Rotated(self.matrix, np.random.default_rng(self.seed)))
+            return graph(np.maximum(rotated[0](rng), 0), self.neighbours)
+
+        return {"rotated": rotate}
+
+    def part(self, members: NDArray[np.int64]) -> Given:
+        inner = self.matrix[members][:, members]
+        return Given(inner, self.neighbours, self.seed, self.is_graph)
+
+
+def rewired(edges: Any, rng: np.random.Generator) -> Any:
+    """A graph with the degrees of another (COO, each edge once), its weights dealt out over the edges: CSR, symmetric."""
+    import networkit
+
+    n = edges.shape[0]
+    row, column = edges.row.astype(np.intp), edges.col.astype(np.intp)
+    plain = networkit.GraphFromCoo((np.ones(len(row)), (row, column)), n=n, weighted=False, directed=False)
+    with _LOCK:
+        threads = networkit.getMaxNumberOfThreads()
+        networkit.setNumberOfThreads(1)
+        try:
+            networkit.setSeed(int(rng.integers(2**31)), False)
+            switching = networkit.randomization.EdgeSwitching(plain, 10.0, True)
+            switching.run()
+            switched = switching.getGraph()
+            pairs = np.array(list(switched.iterEdges()), dtype=np.int64).reshape(-1, 2)
+        finally:
+            networkit.setNumberOfThreads(threads)
+    one_way = sparse.coo_array((rng.permutation(edges.data), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    return sparse.csr_array(one_way + one_way.T)
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Key rows (f, d), as they are; methods work on them at unit length."""
+
+    rows: Floats
+
+    @property
+    def weights(self) -> Floats:
+        return unit(self.rows)
+
+    @property
+    def controls(self) -> Mapping[str, Draw]:
+        return {
+            "rotated": lambda rng: unit(rotated_rows(self.rows, rng)),
+            "shuffled": lambda rng: unit(rng.permuted(self.rows, axis=0)),
+        }
+
+    def part(self, members: NDArray[np.int64]) -> Keys:
+        return Keys(self.rows[members])
+
+
+def unit(rows: Floats) -> Floats:
+    """Rows of length 1, float32; zero rows stay zero."""
+    rows = np.asarray(rows, dtype=np.float32)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Absolute weights of neurons (f, dims): what they read and what they write."""
+
+    weights: Bipartite
+
+    @property
+    def controls(self) -> Mapping[str, Draw]:
+        return {"shuffled": lambda rng: Bipartite(rng.permuted(self.weights.edges, axis=0))}
+
+    def part(self, members: NDArray[np.int64]) -> Weights:
+        return Weights(Bipartite(self.weights.edges[members]))
