@@ -273,8 +273,10 @@ def _kind(atom: Atom, fact: _Facts, is_output: bool) -> str:
         return "channel"
     if fact.created or learned:
         return _learned_kind(fact, learned, is_output)
-    if has(("contract", "contracted")) and not fact.twice and any(dim == len(value.shape) - 1 for value, dim in fact.inputs):
-        return "head_size"
+    if has(("contract", "contracted")) and fact.inputs and not fact.twice:
+        last = any(dim == len(value.shape) - 1 for value, dim in fact.inputs)
+        if last or ("contract", "contracted") not in fact.alone:
+            return "head_size"
     if any(0 < dim == len(value.shape) - 1 and value.dtype.startswith(("float", "bfloat")) for value, dim in fact.inputs):
         return "width"
     if any(value.dtype.startswith("int") or dim > 0 for value, dim in fact.inputs):
