@@ -38,7 +38,7 @@ def test_timeline(setting, swap, tmp_path):
     frame = found.to_frame()
     assert len(frame) == 21
     assert frame["token"][1] == "t1"
-    assert Timeline.load(found.save(tmp_path / "t.npz")).tokens == found.tokens
+    assert Timeline.load(found.save(tmp_path / "t.safetensors")).tokens == found.tokens
 
 
 def test_top_positions_do_not_depend_on_batches(setting):

@@ -359,7 +359,7 @@ def test_frames_and_disk(tmp_path):
     assert list(frame.columns) == ["source", "source module", "target", "target module", "lift", "expected", "z", "pvalue", "adjusted"]
     assert len(frame) == 16
     assert got.plot().data[0].z.shape == (4, 4)
-    again = Coupling.load(got.save(tmp_path / "c.npz"))
+    again = Coupling.load(got.save(tmp_path / "c.safetensors"))
     assert np.array_equal(again.value, got.value)
 
 

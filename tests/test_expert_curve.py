@@ -90,7 +90,7 @@ def test_frame_and_file(setting, tmp_path):
     frame = curve.to_frame()
     assert list(frame.columns) == ["partition", "selection", "share", "loss", "increase"]
     assert len(frame) == 6
-    assert type(curve).load(curve.save(tmp_path / "curve.npz")) == curve
+    assert type(curve).load(curve.save(tmp_path / "curve.safetensors")) == curve
 
 
 @pytest.mark.parametrize(("options", "message"), [

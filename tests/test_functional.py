@@ -206,7 +206,7 @@ def test_enrichment_of_random_modules_is_calibrated():
 def test_results_come_back_from_disk(tmp_path):
     h, labels = values()
     got = functional(seen(h, labels))
-    again = Functional.load(got.save(tmp_path / "f.npz"))
+    again = Functional.load(got.save(tmp_path / "f.safetensors"))
     assert again.label_names == got.label_names
     assert np.array_equal(again.precision, got.precision)
     assert {k: v.tolist() for k, v in again.sets.items()} == {k: v.tolist() for k, v in got.sets.items()}
@@ -327,7 +327,7 @@ def test_pruning_leaves_the_model_alone(classifier, tmp_path):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    again = PruneMatrix.load(got.save(tmp_path / "p.npz"))
+    again = PruneMatrix.load(got.save(tmp_path / "p.safetensors"))
     assert np.array_equal(again.random, got.random)
 
 

@@ -358,7 +358,7 @@ def test_the_model_is_left_alone():
 
 def test_saved_and_loaded(tmp_path):
     found = basis(net(), [(data(30, 6),)], "2", controls=1, steps=1)
-    back = InteractionBasis.load(found.save(tmp_path / "basis.npz"))
+    back = InteractionBasis.load(found.save(tmp_path / "basis.safetensors"))
     assert torch.equal(back.edges, found.edges)
     assert torch.equal(back.controls[0].edges, found.controls[0].edges)
     assert repr(back) == repr(found)

@@ -361,12 +361,12 @@ def test_matching_across_wires_goes_by_affinity():
 
 def test_saved_and_loaded(tmp_path):
     part = cl.partition(planted(7)[0], "hierarchy", controls=3)
-    again = Partition.load(part.save(tmp_path / "part.npz"))
+    again = Partition.load(part.save(tmp_path / "part.safetensors"))
     assert repr(again) == repr(part) and (again.labels == part.labels).all() and (again.cut(2) == part.cut(2)).all()
     flows = match_modules(part, again)
-    assert (Flows.load(flows.save(tmp_path / "flows.npz")).flows == flows.flows).all()
+    assert (Flows.load(flows.save(tmp_path / "flows.safetensors")).flows == flows.flows).all()
     with pytest.raises(FileFormatError, match="holds a Flows"):
-        Partition.load(tmp_path / "flows.npz")
+        Partition.load(tmp_path / "flows.safetensors")
     frame = part.to_frame()
     assert list(frame.columns) == ["wire", "neuron", "module", "size", "silent"] and (frame.module == part.labels).all()
 

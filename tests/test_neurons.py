@@ -161,7 +161,7 @@ def test_the_model_is_as_before(model):
 
 def test_saved_and_loaded(model, tmp_path):
     stats = observe(model, splits(100), labels=Y)["f"]
-    back = neurons.NeuronStats.load(stats.save(tmp_path / "stats.npz"))
+    back = neurons.NeuronStats.load(stats.save(tmp_path / "stats.safetensors"))
     assert back.ffn == stats.ffn
     assert (back.wire, back.n, back.threshold, back.label_names) == (stats.wire, stats.n, stats.threshold, stats.label_names)
     for name in ("cofiring", "mean", "keys", "histogram"):

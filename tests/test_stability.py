@@ -146,7 +146,7 @@ def test_frames_and_disk(tmp_path):
     assert frame["ari to last"].iloc[-1] == 1
     assert got.plot().data[0].type == "sankey"
     assert got.plot("nmi").data[0].z.shape == (6, 6)
-    again = Stability.load(got.save(tmp_path / "s.npz"))
+    again = Stability.load(got.save(tmp_path / "s.safetensors"))
     assert again.steps == got.steps
     assert np.array_equal(again.flows[0], got.flows[0])
 

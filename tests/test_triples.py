@@ -92,7 +92,7 @@ def test_rare_cells_are_not_tested_and_dead_neurons_do_no_harm(tmp_path):
     dead = (found.neurons <= 1).any(axis=1)
     assert np.isnan(found.pvalue[dead]).all() and np.isfinite(found.pvalue[~dead]).all() and found.tested == 4
     assert np.isfinite(found.qvalue[:4]).all()  # those not tested come last
-    again = Triples.load(found.save(tmp_path / "triples.npz"))
+    again = Triples.load(found.save(tmp_path / "triples.safetensors"))
     assert np.array_equal(again.pvalue, found.pvalue, equal_nan=True) and repr(again) == repr(found)
 
 

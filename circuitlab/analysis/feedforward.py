@@ -9,13 +9,13 @@ act on, and that linear maps contract: ``FFN(x) = Σ_j act(x·K_j + b_j) V_j + c
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from circuitlab.analysis.views import NoViewError, view
 from circuitlab.circuit import Axis, Circuit, Op, Tensor, Wire
 
 _LINEAR = frozenset(
@@ -471,14 +471,11 @@ class _Region:
                 source = next(known[name] for name in op.inputs if name in known)
                 known.update(dict.fromkeys(op.outputs, source))
                 continue
-            if not op.call or any(name not in known for name in op.inputs):
+            if any(name not in known for name in op.inputs):
                 raise _NoBlockError
-            names = {f"_{n}": known[name] for n, name in enumerate(op.inputs)}
-            sizes = [self.circuit.tensor(name).shape for name in op.outputs]
-            text = re.sub(r"\$\[(\d+):(\d+)\]", lambda m: str(sizes[int(m[1])][int(m[2])]), op.call)  # as `trace/calls.py` says
             try:
-                result = eval(re.sub(r"\$(\d+)", r"_\1", text), {"torch": torch, "F": torch.nn.functional}, names)  # noqa: S307
-            except Exception:
+                result = view(self.circuit, op, [known[name] for name in op.inputs])
+            except NoViewError:
                 raise _NoBlockError from None
             results = result if isinstance(result, (tuple, list)) else (result,)
             known.update(zip(op.outputs, results, strict=False))

@@ -37,10 +37,8 @@ class Flows(Result):
 
     def to_frame(self) -> Any:
         """One row for each pair of modules with a flow, as a pandas DataFrame: a, b, flow, matched."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise InputError("Flows.to_frame needs pandas: pip install pandas") from None
+        import pandas as pd
+
         a, b = np.nonzero(self.flows)
         matched = {(int(x), int(y)) for x, y in self.pairs}
         return pd.DataFrame({

@@ -98,10 +98,8 @@ class Partition(Result):
 
     def to_frame(self) -> Any:
         """One row for each neuron as a pandas DataFrame: wire, neuron, module, size (of the module), silent."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise InputError("Partition.to_frame needs pandas: pip install pandas") from None
+        import pandas as pd
+
         neurons = np.arange(len(self.labels))
         return pd.DataFrame({
             "wire": self.wire, "neuron": neurons, "module": self.labels, "size": self.sizes[self.labels],
@@ -195,9 +193,10 @@ def partition(
             score = how.score(weights, labels)
         bar.step()
         null, tested, control, pvalue = _test(evidence, how, method, score, n, seed, draws, bar)
-    tree, found = None, ()
+    tree: NDArray[np.float64] | None = None
+    found: tuple[int, ...] = ()
     if method == "hierarchy":
-        tree = hierarchy.linkage(weights, labels)
+        tree = hierarchy.linkage(weights, labels).astype(np.float64)
         shared = 1 / evidence.n if isinstance(evidence, Cofiring) else 0.0
         found = hierarchy.levels(weights, labels, tree, shared) if pvalue <= LEVEL else ()
     return Partition(

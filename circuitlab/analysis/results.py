@@ -1,4 +1,4 @@
-"""Results on disk: one file format for all of them, NumPy's .npz with a JSON header.
+"""Results on disk: one file format for all of them, safetensors with a JSON header.
 
 A result is a frozen dataclass that derives from `Result`. Its fields are arrays, tensors, numbers, text, None, tuples,
 lists and dicts of these, and other dataclasses of circuitlab; all come back as they were. Nothing in a file is run.
@@ -12,9 +12,9 @@ import os
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self, cast
-from zipfile import BadZipFile
 
 import numpy as np
+import torch
 
 from circuitlab.errors import FileFormatError, InputError
 
@@ -26,20 +26,22 @@ class Result:
     """Parent of the results of analyses: they can be saved and loaded."""
 
     def save(self, path: str | Path) -> Path:
-        """Write the result as ``.npz``; `load` reads it back.
+        """Write the result as ``.safetensors``; `load` reads it back.
 
         Raises:
             InputError: another suffix.
         """
+        from safetensors.torch import save_file
+
         path = Path(path)
-        if path.suffix != ".npz":
-            raise InputError(f"{type(self).__name__} is saved as .npz, not {path.suffix or 'without a suffix'!r}: try {path.with_suffix('.npz').name!r}")
-        arrays: dict[str, Any] = {}
+        if path.suffix != ".safetensors":
+            raise InputError(f"{type(self).__name__} is saved as .safetensors, not {path.suffix or 'without a suffix'!r}: "
+                             f"try {path.with_suffix('.safetensors').name!r}")
+        arrays: dict[str, torch.Tensor] = {}
         content = _encode(self, arrays)
         header = json.dumps({"format": "circuitlab.result", "version": FORMAT_VERSION, "content": content})
         partial = path.with_name(path.name + ".part")
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **{_HEADER: np.array(header)}, **arrays)
+        save_file(arrays, partial, {_HEADER: header})
         os.replace(partial, path)
         return path
 
@@ -50,16 +52,18 @@ class Result:
         Raises:
             FileFormatError: a broken file, one of a newer circuitlab, or one that holds another kind of result.
         """
+        from safetensors import SafetensorError, safe_open
+
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                header = json.loads(str(archive[_HEADER]))
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})[_HEADER])
                 if header.get("format") != "circuitlab.result" or header.get("version") != FORMAT_VERSION:
                     raise FileFormatError(
                         f"{path} has format {header.get('format')!r}, version {header.get('version')!r}; this circuitlab "
                         f"reads results of version {FORMAT_VERSION}: update circuitlab, or measure again"
                     )
-                result = _decode(header["content"], archive)
-        except (KeyError, TypeError, ValueError, AttributeError, EOFError, ImportError, BadZipFile) as error:
+                result = _decode(header["content"], file)
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, EOFError, ImportError) as error:
             if isinstance(error, FileFormatError):
                 raise
             raise FileFormatError(f"{path} is no result that circuitlab saved, or it is broken ({type(error).__name__}: {error})") from None
@@ -74,14 +78,11 @@ def _encode(value: Any, arrays: dict[str, Any]) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray) or hasattr(value, "detach"):
+    if isinstance(value, (np.ndarray, torch.Tensor)):
         key = f"a{len(arrays)}"
-        torch_dtype = "" if isinstance(value, np.ndarray) else str(value.dtype).removeprefix("torch.")
-        plain = value if isinstance(value, np.ndarray) else value.detach().cpu()
-        if torch_dtype == "bfloat16":
-            plain = plain.float()
-        arrays[key] = np.asarray(plain)
-        return {"array": key, "torch": torch_dtype}
+        plain = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        arrays[key] = plain.clone(memory_format=torch.contiguous_format) if any(_same(plain, other) for other in arrays.values()) else plain.contiguous()
+        return {"array": key, "torch": isinstance(value, torch.Tensor)}
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         return {
@@ -100,12 +101,8 @@ def _decode(value: Any, arrays: Any) -> Any:
         return value
     value = cast("dict[str, Any]", value)
     if "array" in value:
-        array = arrays[value["array"]]
-        if not value["torch"]:
-            return array
-        import torch
-
-        return torch.from_numpy(np.array(array)).to(getattr(torch, value["torch"]))
+        tensor = arrays.get_tensor(value["array"])
+        return tensor if value["torch"] else tensor.numpy()
     if "tuple" in value:
         return tuple(_decode(v, arrays) for v in value["tuple"])
     if "list" in value:
@@ -119,3 +116,8 @@ def _decode(value: Any, arrays: Any) -> Any:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise FileFormatError(f"a saved result names {value['dataclass']!r}, which holds no data")
     return cast("Any", kind)(**{k: _decode(v, arrays) for k, v in value["fields"].items()})
+
+
+def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors share memory, which the format forbids."""
+    return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr() and one.numel() > 0

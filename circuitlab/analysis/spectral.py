@@ -67,7 +67,7 @@ def embed(weights: Any, dims: int, seed: int) -> tuple[Floats, Floats]:
         return values[::-1][:dims], vectors[:, ::-1][:, :dims]
     operator: Any = LinearOperator((n, n), matvec=multiply, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     start = np.random.default_rng(seed).standard_normal(n)
-    values, vectors = eigsh(operator, k=dims, which="LA", v0=start, tol=1e-4)
+    values, vectors = eigsh(operator, k=dims, which="LA", v0=start, tol=1e-4)  # pyright: ignore[reportArgumentType]
     order = np.argsort(-values)
     return values[order], vectors[:, order]
 
@@ -109,5 +109,8 @@ def cluster(weights: Any, k: int | None, seed: int, most: int = 32) -> Labels:
     rows = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
     labels = np.full(n, k, dtype=np.int64)
     groups = max(1, k - lone)
-    labels[linked] = KMeans(groups, n_init=4, random_state=seed).fit_predict(rows) if groups > 1 else 0
+    if groups > 1:
+        labels[linked] = KMeans(groups, n_init=4, random_state=seed).fit_predict(rows)  # pyright: ignore[reportArgumentType]
+    else:
+        labels[linked] = 0
     return labels

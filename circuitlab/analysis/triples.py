@@ -84,10 +84,8 @@ class Triples(Result):
 
     def to_frame(self) -> Any:
         """A pandas DataFrame, a row for each triple: a, b, c, count, expected, interaction, bits, t, p, q."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise InputError("Triples.to_frame needs pandas: pip install pandas") from None
+        import pandas as pd
+
         a, b, c = self.neurons.T
         return pd.DataFrame({
             "a": a, "b": b, "c": c, "count": self.count, "expected": self.expected, "interaction": self.interaction,
