@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class Rotation:
 
     def forward(self, rows: Floats) -> Floats:
         """F Π along the last axis."""
-        return fft.dct(rows[..., self.order], norm="ortho", overwrite_x=True)
+        return cast("Floats", fft.dct(rows[..., self.order], norm="ortho", overwrite_x=True))
 
     def mixed(self, n: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], Floats]:
         """A drawn S P: where each coefficient comes from, and its sign."""
@@ -83,7 +83,7 @@ class Rotation:
 
     def back(self, rows: Floats) -> Floats:
         """Fᵀ along the last axis; the neurons stay in the order of Π."""
-        return fft.idct(rows, norm="ortho", overwrite_x=True)
+        return cast("Floats", fft.idct(rows, norm="ortho", overwrite_x=True))
 
 
 def balance(matrix: Floats, rounds: int = 6) -> Floats:

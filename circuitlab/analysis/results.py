@@ -77,7 +77,7 @@ def _encode(value: Any, arrays: dict[str, Any]) -> Any:
     if isinstance(value, np.ndarray) or hasattr(value, "detach"):
         key = f"a{len(arrays)}"
         torch_dtype = "" if isinstance(value, np.ndarray) else str(value.dtype).removeprefix("torch.")
-        plain = value if isinstance(value, np.ndarray) else value.detach().cpu()
+        plain: Any = value if isinstance(value, np.ndarray) else value.detach().cpu()
         if torch_dtype == "bfloat16":
             plain = plain.float()
         arrays[key] = np.asarray(plain)

@@ -8,7 +8,7 @@ Random groups have an n-cut near k - 1; the score is n-cut / (k - 1), which can 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +67,7 @@ def embed(weights: Any, dims: int, seed: int) -> tuple[Floats, Floats]:
         return values[::-1][:dims], vectors[:, ::-1][:, :dims]
     operator: Any = LinearOperator((n, n), matvec=multiply, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     start = np.random.default_rng(seed).standard_normal(n)
-    values, vectors = eigsh(operator, k=dims, which="LA", v0=start, tol=1e-4)
+    values, vectors = eigsh(operator, k=dims, which="LA", v0=start, tol=cast("Any", 1e-4))
     order = np.argsort(-values)
     return values[order], vectors[:, order]
 
@@ -109,5 +109,5 @@ def cluster(weights: Any, k: int | None, seed: int, most: int = 32) -> Labels:
     rows = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
     labels = np.full(n, k, dtype=np.int64)
     groups = max(1, k - lone)
-    labels[linked] = KMeans(groups, n_init=4, random_state=seed).fit_predict(rows) if groups > 1 else 0
+    labels[linked] = KMeans(groups, n_init=cast("Any", 4), random_state=seed).fit_predict(rows) if groups > 1 else 0
     return labels
