@@ -103,7 +103,7 @@ def densities(weights: Any, labels: Labels) -> Floats:
     return sums(weights, labels) / np.maximum(pairs, 1)
 
 
-def linkage(weights: Any, labels: Labels) -> Floats:
+def linkage(weights: Any, labels: Labels) -> NDArray[np.float64]:
     """The tree over groups as a scipy linkage (k-1, 4): the two that merge, the height, the groups in the union.
 
     The height is 1 - p(a, b) / p₀ with p₀ the largest density within a group: 0 for groups as dense between as within, 1
