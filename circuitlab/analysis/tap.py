@@ -36,10 +36,9 @@ class Tap(TorchFunctionMode):
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         for wire, block in blocks.items():
-            for weight, function in ((block.values[0], visit), (block.first[0], enter)):  # others would read the same
-                if function is not None:
+            for weights, size, function in ((block.values, block.size, visit), (block.first, 0, enter)):
+                for weight in weights[:1] if function is not None else ():  # others would read the same
                     tensor = named[weight.parameter]
-                    size = block.size if weight is block.values[0] else 0
                     self.known[tensor] = (*(self.known.get(tensor) or ()), (wire, weight, size, function))
 
     def __torch_function__(
