@@ -273,7 +273,7 @@ def test_controls_are_networks_of_the_same_weights():
     plain = basis(modular(turn, turn.T), [(x,)], *wires_of(modular(turn, turn.T), x), steps=2)
     assert torch.equal(found.edges, plain.edges)
     assert parts_of(found.edges) == 2
-    assert [parts_of(edges) for edges in found.controls] == [1, 1, 1]
+    assert [parts_of(control.edges) for control in found.controls] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("nodes", ["both", "directions", "neurons"])
@@ -324,7 +324,7 @@ def test_saved_and_loaded(tmp_path):
     found = basis(net(), [(data(30, 6),)], "2", controls=1, steps=1)
     back = InteractionBasis.load(found.save(tmp_path / "basis.npz"))
     assert torch.equal(back.edges, found.edges)
-    assert torch.equal(back.controls[0], found.controls[0])
+    assert torch.equal(back.controls[0].edges, found.controls[0].edges)
     assert repr(back) == repr(found)
     frame = found.to_frame()
     assert frame["edge"].is_monotonic_decreasing

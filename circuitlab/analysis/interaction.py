@@ -57,7 +57,7 @@ class InteractionBasis(Result):
         C: (neurons, directions). C_pinv: C⁺ (directions, neurons).
         edges: E (directions of the next wire, directions), non-negative, and kind: how they were measured.
         tolerance: part of the largest eigenvalue, up to which an eigenvalue counts as zero.
-        controls: edges of as many control networks as were asked for; see `interaction_basis`.
+        controls: the same of as many control networks as were asked for; see `interaction_basis`.
 
         All tensors are float64, on the CPU.
     """
@@ -78,7 +78,7 @@ class InteractionBasis(Result):
     edges: torch.Tensor
     kind: str
     tolerance: float
-    controls: tuple[torch.Tensor, ...] = ()
+    controls: tuple[InteractionBasis, ...] = ()
 
     @property
     def size(self) -> int:
@@ -191,15 +191,18 @@ def interaction_basis(
         found = work.basis(copied, source, target, after)
         names = between(circuit, source, target) if controls else ()
         rng = torch.Generator().manual_seed(seed)
-        drawn: list[torch.Tensor] = []
+        drawn: list[InteractionBasis] = []
         for _ in range(controls):
             with dealt(copied, names, rng):
-                drawn.append(work.basis(copied, source, target).edges)
+                drawn.append(work.basis(copied, source, target))
     return replace(found, controls=tuple(drawn))
 
 
 def interaction_affinity(basis: InteractionBasis, nodes: Literal["both", "directions", "neurons"] = "both") -> torch.Tensor:
     """A symmetric affinity for `circuitlab.partition`, float64, zero on the diagonal.
+
+    Its modularity is to be compared with that of the affinities of the basis's controls. Edges that are dealt out anew, or
+    mixed, are no control: in the basis the edges of any network are sparse, and beat them.
 
     Args:
         basis: of a wire.
