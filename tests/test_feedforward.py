@@ -8,6 +8,7 @@ from torch import nn
 import circuitlab as cl
 from circuitlab.analysis.feedforward import blocks
 from circuitlab.analysis.tap import Tap
+from circuitlab.errors import InputError
 
 
 class Gated(nn.Module):
@@ -120,9 +121,65 @@ class Experts(nn.Module):
         return sum(F.linear(F.relu(F.linear(x, self.w1[e])), self.w2[e]) for e in range(3))
 
 
+class Calls(nn.Module):
+    """Linear maps of these sizes, and a function that calls them."""
+
+    def __init__(self, call, **sizes):
+        super().__init__()
+        for name, size in sizes.items():
+            setattr(self, name, nn.Linear(*size) if isinstance(size, tuple) else size)
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def fused_adapter(m, x):
+    gate, up = (m.both(x) + m.two(m.one(x))).chunk(2, -1)
+    return m.down(F.gelu(gate) * up)
+
+
+def recurrent(m, x):
+    h = x.new_zeros(len(x), 16)
+    for _ in range(3):
+        h = torch.tanh(m.a(x) + m.h(h))
+    return m.b(h)
+
+
+def fused_norm(m, x):
+    h = m.both(x)
+    gate, up = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))).chunk(2, -1)
+    return m.down(F.silu(gate) * up)
+
+
 torch.manual_seed(0)
 X = torch.randn(5, 6)
+PAIR = dict(a=(6, 16), b=(16, 6))
+THREE = dict(PAIR, c=(6, 16))
+FUSED = dict(both=(6, 32), down=(16, 6))
+NONE = {
+    "recurrence": Calls(recurrent, h=(16, 16), **PAIR),
+    "larger of two": Calls(lambda m, x: m.b(torch.maximum(m.a(x), m.c(x))), **THREE),
+    "product and sum": Calls(lambda m, x: m.b(m.a(x) * torch.sigmoid(m.d(x)) + m.c(x)), d=(6, 16), **THREE),
+    "activated product": Calls(lambda m, x: m.b(F.gelu(m.a(x) * (1 + m.c(x)))), **THREE),
+    "norm of both halves": Calls(fused_norm, **FUSED),
+    "masked": Calls(lambda m, x: m.b(m.a(x).masked_fill(x.sum(-1, keepdim=True) > 0, 0.0)), **PAIR),
+    "padded by nothing": Calls(lambda m, x: m.b(F.pad(m.a(x), (0, 0, 0, 0))), **PAIR),
+    "sum over one position": Calls(lambda m, x: m.b(m.a(x[:, None]).softmax(1).sum(1)), **PAIR),
+    "norm between": Calls(lambda m, x: m.b(m.n(F.relu(m.a(x)))), n=nn.LayerNorm(16), **PAIR),
+}
 FOUND = {
+    "gated linear unit": (Calls(lambda m, x: m.down(F.glu(m.both(x))), **FUSED), X,
+                          [("", ["both.weight"], ["both.weight"], ["down.weight"], "sigmoid")]),
+    "adapter of both halves": (Calls(fused_adapter, one=(6, 2), two=(2, 32), **FUSED), X,
+                               [("", ["both.weight", "two.weight"], ["both.weight", "two.weight"], ["down.weight"], "gelu")]),
+    "scaled product": (Calls(lambda m, x: m.b(0.5 * (m.a(x) * m.c(x))), **THREE), X, [("", ["c.weight"], ["a.weight"], ["b.weight"], "mul")]),
+    "added to a stream": (Calls(lambda m, x: torch.addmm(x, torch.relu(m.a(x)), m.w), a=(6, 16), w=nn.Parameter(torch.randn(16, 6))), X,
+                          [("", ["a.weight"], [], ["w"], "relu")]),
+    "of several wires": (Calls(lambda m, x: m.b(F.relu(m.a(m.conv(x).flatten(1)))), conv=nn.Conv2d(3, 4, 1), a=(4 * 5 * 5, 16), b=(16, 2)),
+                         torch.randn(2, 3, 5, 5), [("", ["a.weight"], [], ["b.weight"], "relu")]),
+    "activated in two ways": (Calls(lambda m, x: m.b(F.gelu(m.a(m.b(F.relu(m.a(x)))))), **PAIR), X,
+                              [("", ["a.weight"], [], ["b.weight"], "relu gelu")]),
     "gated": (Gated(), X, [("", ["up.weight"], ["gate.weight"], ["down.weight"], "silu")]),
     "bilinear": (Gated(lambda x: x), X, [("", ["gate.weight"], ["up.weight"], ["down.weight"], "mul")]),
     "chunk": (Fused(lambda h: h.chunk(2, -1)), X, [("", ["both.weight"], ["both.weight"], ["down.weight"], "gelu")]),
@@ -153,7 +210,12 @@ def test_found(name):
             for path, b in found.items()] == expected
 
 
-@pytest.mark.parametrize("name", [name for name in FOUND if FOUND[name][2] and name not in ("experts", "residual")])
+@pytest.mark.parametrize("name", NONE)
+def test_not_found(name):
+    assert blocks(cl.trace(NONE[name], X)) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in FOUND if FOUND[name][2] and name not in ("experts", "residual", "activated in two ways")])
 def test_rows_are_the_neurons(name):
     """Other numbers in the rows of one neuron change the hidden values of that neuron, and of no other."""
     model, x, _ = FOUND[name]
@@ -202,6 +264,23 @@ def test_the_tap_replaces_what_the_value_map_reads():
                 without = model(x)
         assert torch.equal(same, model(x))
         assert not torch.equal(without, same)
+
+
+def test_all_value_maps_read_what_the_tap_puts_in():
+    model, x, _ = FOUND["two heads"]
+    block = next(iter(blocks(cl.trace(model, x)).values()))
+    for calls in (1, 2):
+        with torch.no_grad(), Tap(model, {block.wire: block}, lambda wire, h: torch.zeros_like(h)):
+            found = [model(x) for _ in range(calls)]
+        for policy, value in found:
+            assert torch.equal(policy, model.policy.bias.expand(5, 4))
+            assert torch.equal(value, model.value.bias.expand(5, 1))
+    cast = Calls(lambda m, x: (m.b((h := F.relu(m.a(x)))), m.c(h.clone())), a=(6, 16), b=(16, 6), c=(16, 6))
+    block = next(iter(blocks(cl.trace(cast, X)).values()))
+    assert [value.parameter for value in block.values] == ["b.weight", "c.weight"]
+    with torch.no_grad(), pytest.raises(InputError, match=r"c\.weight reads are not those that were changed"):
+        with Tap(cast, {block.wire: block}, lambda wire, h: torch.zeros_like(h)):
+            cast(X)
 
 
 def test_ffn_of_a_circuit_are_wires():

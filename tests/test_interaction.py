@@ -148,6 +148,25 @@ def test_examples_that_mix_are_seen():
     assert torch.allclose(found.moment, torch.einsum("tisj,tisk->jk", full, full) / 9, atol=1e-12)
 
 
+def test_values_that_two_maps_read():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.key, self.a, self.b = nn.Linear(4, 6).double(), nn.Linear(6, 2).double(), nn.Linear(6, 3).double()
+
+        def then(self, h):
+            return torch.cat([torch.tanh(self.a(h)), torch.sin(self.b(h))], -1)
+
+        def forward(self, x):
+            return self.then(torch.relu(self.key(x)))
+
+    model, x = Two(), data(20, 4)
+    full = jacrev(lambda h: model.then(h))(torch.relu(model.key(x)).detach()).diagonal(dim1=0, dim2=2)
+    found = basis(model, [(x,)], "f", tolerance=0.0)
+    assert torch.allclose(found.moment, torch.einsum("ijt,ikt->jk", full, full) / 20, atol=1e-12)
+
+
 def test_a_direction_is_as_large_as_it_matters():
     """Squared edges of derivatives sum to the eigenvalue, and are those of integrated gradients in a linear section."""
     model, x = net(), data(80, 6)

@@ -20,11 +20,13 @@ from circuitlab.circuit import Axis, Circuit, Op, Tensor, Wire
 
 _LINEAR = frozenset(
     "add add_ sub sub_ rsub neg negative dropout dropout1d dropout2d alpha_dropout to float half bfloat16 double type type_as "
-    "clone contiguous detach mul mul_ multiply div div_ true_divide divide lerp where addcmul batch_norm instance_norm".split()
+    "clone contiguous detach mul mul_ multiply div div_ true_divide divide lerp where addcmul masked_fill masked_fill_ pad batch_norm "
+    "instance_norm".split()
 )
 """Elementwise functions that are linear in the wire, as long as what they multiply by is not made of it as well."""
 
 _PRODUCTS = frozenset("mul mul_ multiply div div_ true_divide divide addcmul".split())
+_SUMS = frozenset("add add_ sub sub_ rsub".split())
 _ZEROS = frozenset("relu relu_ relu6 threshold threshold_ hardtanh hardswish hardshrink softshrink".split())
 """Functions that are exactly zero on a half-line, or on an interval around zero."""
 _KEEP_ZERO = frozenset("pow square mul mul_ multiply div div_ sqrt abs".split())
@@ -142,6 +144,9 @@ def blocks(circuit: Circuit) -> dict[str, FeedForward]:
                         found[same] = block
                     elif block.values[0].parameter not in [value.parameter for value in known.values]:
                         found[same] = replace(known, values=(*known.values, *block.values), path=search.common(known.path, block.path))
+                    elif known.activation != block.activation:  # the same weights again, activated in another way
+                        names = " ".join(dict.fromkeys(f"{known.activation} {block.activation}".split()))
+                        found[same] = replace(known, activation=names, zeros=known.zeros and block.zeros)
     paths = [block.path for block in found.values()]
     named: dict[str, FeedForward] = {}
     for block in found.values():
@@ -195,9 +200,12 @@ class _Search:
         except _NoBlockError:
             return
 
-    def _multiplied(self, op: Op, axis: Axis) -> int | None:
-        """Number of the input that a linear map contracts, None if the op is no linear map at each position."""
-        if any(a.role in ("windowed", "opaque") for a in op.axes) or sum(a.role == "contracted" for a in op.axes) > 1:
+    def _multiplied(self, op: Op, axis: Axis, others: bool = False) -> int | None:
+        """Number of the input that a linear map contracts, None if the op is no linear map at each position.
+
+        With ``others``, it may sum over other wires as well.
+        """
+        if any(a.role in ("windowed", "opaque") for a in op.axes) or (not others and sum(a.role == "contracted" for a in op.axes) > 1):
             return None
         slots = {place[0] for place in axis.ins}
         data = [slot for slot in slots if op.inputs[slot] not in self.roots]
@@ -206,7 +214,8 @@ class _Search:
 
     def maps(self, op: Op) -> bool:
         """Whether an op is a linear map, learned, at each position separately. Where what it maps has size 1, nothing is summed."""
-        if any(a.role == "contracted" and self._multiplied(op, a) is not None for a in op.axes):
+        summed = [self._multiplied(op, a, others=True) for a in op.axes if a.role == "contracted"]
+        if summed and None not in summed and len(set(summed)) == 1:
             return True
         flowing = [name for name in op.inputs if name not in self.roots]
         return op.kind == "linear" and len(flowing) == 1 and not any(a.role in ("contracted", "windowed", "opaque") for a in op.axes)
@@ -226,7 +235,8 @@ class _Search:
                 dims = [dim for dim, factors in enumerate(tensor.dims) if factors == wires]
                 if not dims or (others and not any(wire in others for dim in tensor.dims for wire in dim)):
                     continue  # a bias
-                data = next(n for n, other in enumerate(op.inputs) if other not in self.roots)
+                data = next((n for a in op.axes if a.role == "contracted" for n, *_ in a.ins if op.inputs[n] not in self.roots),
+                            next(n for n, other in enumerate(op.inputs) if other not in self.roots))
                 rest = [dim for dim in tensor.dims if dim != wires and not set(dim) & others]
                 stacked = math.prod(self.circuit.wires[wire].size for dim in rest for wire in dim)
                 summed = [place[1] for a in op.axes if a.role == "contracted" for place in a.ins if place[0] == data]
@@ -325,18 +335,20 @@ class _Region:
         op = self.circuit.op(tensor.op)
         self.ops[op.name] = op
         if self._makes(op):
-            return self._source(tensor, op, [])
+            return self._source(tensor, [(op, [])])
         if not _carries(tensor, self.wire):
             raise _NoBlockError
+        if op.fn == "glu":
+            return self._glu(tensor, op)
         if not _passes_all(op):
-            return self._source(tensor, *self._cut(tensor))
+            return self._source(tensor, self._cut(tensor))
         children: list[_Piece] = []
         held: list[str] = []
         for name in op.inputs:
             inner = self.circuit.tensor(name)
             if not _carries(inner, self.wire):
                 if name not in self.search.roots and any(self._part(wire) for dim in inner.dims for wire in dim):
-                    return self._source(tensor, *self._cut(tensor))
+                    return self._source(tensor, self._cut(tensor))
                 continue
             if name in self.search.roots:
                 held.append(name)
@@ -352,6 +364,13 @@ class _Region:
                 self.scales.update(dict.fromkeys(self.search.roots[name]))
         return self._joined(op, children)
 
+    def _glu(self, tensor: Tensor, op: Op) -> _Piece:
+        """The first half of a tensor, gated by the sigmoid of the second."""
+        inner = self._cut(self.circuit.tensor(op.inputs[0]))
+        halves = [self._source(tensor, [(maker, [*between, op]) for maker, between in inner], half) for half in (0, 1)]
+        self.activated |= {self._leader(source) for source in halves[1].sources}
+        return _Piece(halves[0].sources | halves[1].sources, ("sigmoid",), True)
+
     def _joined(self, op: Op, children: list[_Piece]) -> _Piece:
         """What an elementwise op makes of pieces: a sum is one branch, a product of different branches a gate."""
         sources = frozenset[str]().union(*(child.sources for child in children))
@@ -361,10 +380,15 @@ class _Region:
             # of a value with what was made of it: an activation written out
             bent = bent or bool(set.intersection(*({self._leader(s) for s in child.sources} for child in children)))
         elif op.fn in _LINEAR or op.kind == "reindex":
-            if not bent:
+            each = [{self._leader(source) for source in child.sources} for child in children]
+            if any(one != each[0] for one in each):
+                if bent or any(len(one) > 1 for one in each):
+                    raise _NoBlockError  # a sum of what is multiplied, or already activated, with something else
                 self.group.update({self._leader(other): self._leader(min(sources)) for other in sources})
         else:
             bent = True
+            if len({self._leader(source) for source in sources}) > 1:
+                raise _NoBlockError  # a function of more than one pre-activation
         leaders = {self._leader(source) for source in sources}
         if bent and len(leaders) == 1:
             self.activated |= leaders
@@ -380,53 +404,63 @@ class _Region:
         if not self.search.maps(op):
             return False
         made = {a.wire for a in op.axes if a.role == "created"}
+        if self.wire in made and any(a.role == "contracted" and a.wire == self.wire for a in op.axes):
+            raise _NoBlockError  # a recurrence, or a stream that is written to
         return self.wire in made or any(self._part(wire) for wire in made)
 
     def _part(self, wire: str) -> bool:
         """Whether the wire is a part of this one."""
         return any(self.wire in wires for _, _, wires in self.circuit.wires[wire].parts)
 
-    def _cut(self, tensor: Tensor) -> tuple[Op, list[Op]]:
-        """The linear map that a tensor was cut out of, and the ops between them, first to last."""
-        between: list[Op] = []
-        while True:
-            op = self.circuit.op(tensor.op) if tensor.op else None
-            if op is None or len(between) > 16:
-                raise _NoBlockError
-            self.ops[op.name] = op
-            if self._makes(op):
-                return op, between[::-1]
-            if not (_passes_all(op) or op.kind in ("slice", "index")) or op.fn not in _LINEAR and op.kind == "elementwise":
-                raise _NoBlockError
-            between.append(op)
-            flowing = [self.circuit.tensor(name) for name in op.inputs if name not in self.search.roots]
-            if len(flowing) != 1:
-                flowing = [t for t in flowing if _carries(t, self.wire) or any(self._part(w) for d in t.dims for w in d)]
-                flowing = [t for t in flowing if not self.search.roots.get(t.name)][:1]
-            if not flowing:
-                raise _NoBlockError
-            tensor = flowing[0]
-
-    def _source(self, tensor: Tensor, op: Op, between: list[Op]) -> _Piece:
-        made = self.circuit.tensor(op.outputs[0])
-        created = {a.wire for a in op.axes if a.role == "created"}
-        dim = next((n for n, wires in enumerate(made.dims)
-                    if set(wires) & created and (self.wire in wires or any(self._part(w) for w in wires))), None)
-        if dim is None:
+    def _cut(self, tensor: Tensor) -> list[tuple[Op, list[Op]]]:
+        """The linear maps that a tensor was cut out of, their outputs being added, and the ops between each and the tensor."""
+        op = self.circuit.op(tensor.op) if tensor.op else None
+        if op is None:
             raise _NoBlockError
-        rows = (0, made.shape[dim], 1) if not between else self._rows(made, dim, between, tensor)
-        if len(range(*rows)) != self.circuit.wires[self.wire].size:
+        self.ops[op.name] = op
+        if self._makes(op):
+            return [(op, [])]
+        if not (_passes_all(op) or op.kind in ("slice", "index")) or op.fn not in _LINEAR and op.kind not in ("reindex", "slice", "index"):
             raise _NoBlockError
-        self.sources[tensor.name] = (op, made.dims[dim], rows)
-        return _Piece(frozenset({tensor.name}))
+        if op.kind == "elementwise":
+            self.scales.update(dict.fromkeys(root for name in op.inputs for root in self.search.roots.get(name, ())))
+        flowing = [self.circuit.tensor(name) for name in op.inputs if name not in self.search.roots]
+        if len(flowing) != 1 and op.fn not in _SUMS:
+            raise _NoBlockError  # multiplied with something that is not learned, such as the norm of the whole
+        found = [(maker, [*between, op]) for inner in flowing for maker, between in self._cut(inner)]
+        if not 0 < len(found) < 16:
+            raise _NoBlockError
+        return found
 
-    def _rows(self, made: Tensor, dim: int, between: list[Op], wanted: Tensor) -> tuple[int, int, int]:
+    def _source(self, tensor: Tensor, makers: list[tuple[Op, list[Op]]], half: int = 0) -> _Piece:
+        """What linear maps make, alone or, all of them, added; of a gated linear unit the first half, or the second."""
+        names: list[str] = []
+        for number, (op, between) in enumerate(makers):
+            made = self.circuit.tensor(op.outputs[0])
+            created = {a.wire for a in op.axes if a.role == "created"}
+            dim = next((n for n, wires in enumerate(made.dims)
+                        if set(wires) & created and (self.wire in wires or any(self._part(w) for w in wires))), None)
+            if dim is None:
+                raise _NoBlockError
+            rows = (0, made.shape[dim], 1) if not between else self._rows(made, dim, between, tensor, half)
+            if len(range(*rows)) != self.circuit.wires[self.wire].size:
+                raise _NoBlockError
+            names.append("+".join([tensor.name, *(["gate"] if half else []), *([str(number)] if number else [])]))
+            self.sources[names[-1]] = (op, made.dims[dim], rows)
+        self.group.update(dict.fromkeys(names[1:], names[0]))
+        return _Piece(frozenset(names))
+
+    def _rows(self, made: Tensor, dim: int, between: list[Op], wanted: Tensor, half: int = 0) -> tuple[int, int, int]:
         """Which entries of a map's output a tensor cut out of it holds: the calls are made on numbered entries."""
         shape = [1] * len(made.shape)
         shape[dim] = -1
         tags = torch.arange(made.shape[dim]).view(shape).expand(made.shape)
         known: dict[str, Any] = {made.name: tags}
         for op in between:
+            if op.fn == "glu":
+                along = next(place[1] for axis in op.axes if axis.role == "joined" for place in axis.ins)
+                known[op.outputs[0]] = known[op.inputs[0]].chunk(2, along)[half]
+                continue
             if _passes_all(op) and op.kind == "elementwise":
                 source = next(known[name] for name in op.inputs if name in known)
                 known.update(dict.fromkeys(op.outputs, source))
@@ -458,15 +492,24 @@ class _Region:
 
     # the whole ------------------------------------------------------------------------------------------
 
+    def _read(self, name: str) -> None:
+        """All that reads the wire's values contracts it, if need be after a cast, a dropout or a scale."""
+        for reader in self.circuit.consumers.get(name, ()):
+            op = self.circuit.op(reader)
+            if reader in self.ops or any(
+                a.role == "contracted" and a.wire == self.wire and self.search._multiplied(op, a) is not None for a in op.axes
+            ):
+                continue
+            flowing = [other for other in op.inputs if other not in self.search.roots]
+            if len(flowing) > 1 or not _passes_all(op) or not (op.fn in _LINEAR or op.kind == "reindex"):
+                raise _NoBlockError
+            for output in op.outputs:
+                self._read(output)
+
     def _alone(self) -> None:
         """The wire's values are read by the block alone: a residual stream, which others read as well, is none."""
         for name in self.pieces:
-            for reader in self.circuit.consumers.get(name, ()):
-                op = self.circuit.op(reader)
-                if reader not in self.ops and not any(
-                    a.role == "contracted" and a.wire == self.wire and self.search._multiplied(op, a) is not None for a in op.axes
-                ):
-                    raise _NoBlockError
+            self._read(name)
         makers = {op.name for op, _, _ in self.sources.values()}
         reached = set(self.pieces)
         numbers = [self.search.number[name] for name in makers]
@@ -507,8 +550,11 @@ def _carries(tensor: Tensor, wire: str) -> bool:
 
 
 def _passes_all(op: Op) -> bool:
-    """Whether an op does the same to every index of every axis, separately."""
-    return op.kind not in ("opaque", "linear", "conv", "contract") and all(axis.passes for axis in op.axes)
+    """Whether an op does the same to every index of every axis, separately.
+
+    Where an axis has size 1 it is no wire, so that a sum over it is told by the op's kind alone.
+    """
+    return op.kind in ("elementwise", "reindex", "norm", "box", "random", "create") and all(axis.passes for axis in op.axes)
 
 
 def _within(block: Any, above: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:

@@ -57,7 +57,7 @@ def reader(circuit: Circuit, wire: Wire | str) -> FeedForward:
         wire: the wire, its name, or the path of its block.
 
     Raises:
-        InputError: there is no such wire, or more than one thing reads its values.
+        InputError: there is no such wire, or it is no block's and more than one thing reads its values.
     """
     found = blocks(circuit)
     what = wire.name if isinstance(wire, Wire) else wire
@@ -66,9 +66,6 @@ def reader(circuit: Circuit, wire: Wire | str) -> FeedForward:
         what = same[0].name if same else what
     for path, block in found.items():
         if what in (block.wire, path):
-            if len(block.values) > 1:
-                raise InputError(f"{block.wire} is read by {len(block.values)} maps ({', '.join(v.parameter for v in block.values)}); "
-                                 "its values must be read by one, so that they can be put in from outside")
             return block
     if what not in circuit.wires:
         known = ", ".join(block.wire for block in found.values()) or "none"

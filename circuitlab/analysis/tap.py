@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from circuitlab.analysis.feedforward import FeedForward, Weight
+from circuitlab.errors import InputError
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor | None]
 """(wire, values with the neurons or inputs as last dimension) -> what to put in their place, or None to leave them."""
@@ -25,7 +26,8 @@ class Tap(TorchFunctionMode):
     Args:
         model: that is run.
         blocks: wire -> block.
-        visit: gets hidden values, of shape (..., neurons), each time that a value map is about to read them.
+        visit: gets hidden values, of shape (..., neurons), each time that a value map is about to read them; what it puts
+            in their place is read by all value maps of the block.
         enter: gets the inputs of a block, of shape (..., inputs), each time that its first map is about to read them.
     """
 
@@ -34,19 +36,21 @@ class Tap(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.put: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.changed: set[str] = set()
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         for wire, block in blocks.items():
-            for weights, size, function in ((block.values, block.size, visit), (block.first, 0, enter)):
-                for weight in weights[:1] if function is not None else ():  # others would read the same
-                    tensor = named[weight.parameter]
-                    self.known[tensor] = (*(self.known.get(tensor) or ()), (wire, weight, size, function))
+            for weights, size, function in ((block.values, block.size, visit), (block.first[:1], 0, enter)):
+                for number, weight in enumerate(weights if function is not None else ()):
+                    tensor = named[weight.parameter]  # the first is visited: all read the same
+                    self.known[tensor] = (*(self.known.get(tensor) or ()), (wire, weight, size, None if number else function))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors(args, kwargs)
-        readers: tuple[tuple[str, Weight, int, Visit], ...] = ()
+        readers: tuple[tuple[str, Weight, int, Visit | None], ...] = ()
         for tensor in tensors:
             readers = readers or self.known.get(tensor) or ()
         if not readers:
@@ -58,14 +62,29 @@ class Tap(TorchFunctionMode):
             values = tensors[weight.operand]
             if values.ndim >= -weight.axis and size in (0, values.shape[weight.axis]):
                 met = True
-                changed = function(wire, values.movedim(weight.axis, -1))
-                if changed is not None:
-                    args, kwargs = _replaced(args, kwargs, values, changed.movedim(-1, weight.axis))
+                put = self._put(wire, weight, values, function)
+                if put is not None:
+                    args, kwargs = _replaced(args, kwargs, values, put)
                     tensors = _tensors(args, kwargs)
         result = func(*args, **kwargs)
         if not met and isinstance(result, torch.Tensor) and not any(result is tensor for tensor in tensors):
             self.known[result] = readers  # a cast or a view of the parameter, or one expert of many
         return result
+
+    def _put(self, wire: str, weight: Weight, values: torch.Tensor, function: Visit | None) -> torch.Tensor | None:
+        """What to put in the place of values that a map is about to read."""
+        if function is None:
+            put = self.put.get(values)
+            if put is None and wire in self.changed:
+                raise InputError(f"the values of {wire} that {weight.parameter} reads are not those that were changed: they are computed "
+                                 "anew, or cast, between the maps that read them")
+            return put
+        changed = function(wire, values.movedim(weight.axis, -1))
+        if changed is None:
+            return None
+        self.changed.add(wire)
+        self.put[values] = changed = changed.movedim(-1, weight.axis)
+        return changed
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
