@@ -427,10 +427,16 @@ class _Region:
         flowing = [self.circuit.tensor(name) for name in op.inputs if name not in self.search.roots]
         if len(flowing) != 1 and op.fn not in _SUMS:
             raise _NoBlockError  # multiplied with something that is not learned, such as the norm of the whole
+        flowing = [inner for inner in flowing if len(flowing) == 1 or not self._chosen(inner)]
         found = [(maker, [*between, op]) for inner in flowing for maker, between in self._cut(inner)]
         if not 0 < len(found) < 16:
             raise _NoBlockError
         return found
+
+    def _chosen(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a row of a learned one, by a number that is computed: the bias of an expert."""
+        op = self.circuit.op(tensor.op) if tensor.op else None
+        return op is not None and op.kind in ("index", "gather", "embedding") and self.search.learned(op.inputs[0])
 
     def _source(self, tensor: Tensor, makers: list[tuple[Op, list[Op]]], half: int = 0) -> _Piece:
         """What linear maps make, alone or, all of them, added; of a gated linear unit the first half, or the second."""

@@ -33,7 +33,7 @@ from circuitlab.analysis.feedforward import FeedForward
 from circuitlab.analysis.jacobian import Pull, Run, Section, between, differentiable, reader
 from circuitlab.analysis.neurons import _traced
 from circuitlab.analysis.results import Result
-from circuitlab.circuit import Circuit, Wire
+from circuitlab.circuit import Wire
 from circuitlab.errors import InputError
 
 OUTPUT = "output"
@@ -187,7 +187,7 @@ def interaction_basis(
             raise InputError(f"both wires are {source.wire}; give a later one as wire_b, or None for the model's output")
         coarse = [torch.finfo(parameter.dtype).eps for parameter in copied.parameters() if parameter.is_floating_point()]
         tolerance = max([1e-10, *(10 * eps**2 for eps in coarse)]) if tolerance is None else tolerance
-        work = _Work(batches, first, circuit, centred, edges, steps, tolerance, output, mask, memory, progress)
+        work = _Work(batches, first, centred, edges, steps, tolerance, output, mask, memory, progress)
         found = work.basis(copied, source, target, after)
         names = between(circuit, source, target) if controls else ()
         rng = torch.Generator().manual_seed(seed)
@@ -294,7 +294,6 @@ class _Work:
 
     batches: Any
     first: Any
-    circuit: Circuit
     centred: bool
     edges: str
     steps: int
@@ -322,7 +321,7 @@ class _Work:
     ) -> _Turned:
         """The basis of a wire, without edges."""
         self._fits(source.wire, source.size)
-        section = Section(model, self.circuit, source, target, self.first, self.output, self.mask)
+        section = Section(model, source, target, self.first, self.output, self.mask)
         name = target.wire if target else OUTPUT
         following = after.C if after is not None else None if target is None else self.turned(model, target, None).C
         own, other = self._moments(section, name)

@@ -17,7 +17,7 @@ import torch
 
 from circuitlab.analysis import batches as walked
 from circuitlab.analysis.feedforward import FeedForward, _NoBlockError, _Search, blocks
-from circuitlab.analysis.neurons import _leading, _mask
+from circuitlab.analysis.neurons import _alone, _mask
 from circuitlab.analysis.tap import Tap
 from circuitlab.circuit import Circuit, Wire
 from circuitlab.errors import InputError
@@ -86,7 +86,8 @@ def reader(circuit: Circuit, wire: Wire | str) -> FeedForward:
             except _NoBlockError:
                 continue
             others = tuple(dim for n, dim in enumerate(hidden.dims) if n != at[0])
-            readers[op.name] = FeedForward(search.module_of(op.name), what, size, (), (), (value,), positions=others)
+            batch = next((n for n, dim in enumerate(others) if dim and circuit.wires[dim[0]].kind == "batch"), None)
+            readers[op.name] = FeedForward(search.module_of(op.name), what, size, (), (), (value,), positions=others, batch=batch)
     if len(readers) != 1:
         state = f"is read by {len(readers)} linear maps" if readers else "has no linear map that alone reads its values"
         raise InputError(f"the wire {what!r} {state}; there must be one, whose input can be put in from outside; "
@@ -167,13 +168,13 @@ class Section:
     """What a model computes between the place where a hidden wire is read and a target: where another is, or the output."""
 
     def __init__(
-        self, model: torch.nn.Module, circuit: Circuit, source: FeedForward, target: FeedForward | None, first: Any,
+        self, model: torch.nn.Module, source: FeedForward, target: FeedForward | None, first: Any,
         output: Callable[[Any], torch.Tensor] | None = None, mask: Any = None,
     ) -> None:
         self.model, self.source, self.target, self.mask = model, source, target, mask
         self.output = output or walked.first_tensor
         examples = walked.examples(first)
-        self.leads = (_leading(circuit, source, examples), _leading(circuit, target, examples) if target else 0)
+        self.leads = (_alone(source, examples).batch, _alone(target, examples).batch if target else 0)
         self.exact = torch.float64 if walked.device_of(model).type != "mps" else torch.float32
 
     def run(self, batch: Any, place: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Run | None:
