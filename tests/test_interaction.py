@@ -28,7 +28,7 @@ def data(n, d, seed=1):
 
 
 def basis(model, batches, *wires, **options):
-    return interaction_basis(model, batches, *wires, progress=False, **options)
+    return interaction_basis(model, batches, *wires, progress=False, **dict(dict(steps=3), **options))
 
 
 def identities(found, tolerance=1e-8):
@@ -74,16 +74,16 @@ MASK[1, 2:] = MASK[4, 1:] = 0
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
 def test_identities(act, centred):
-    model, x = net(act), data(200, 6)
+    model, x = net(act), data(90, 6)
     hidden = model[:2](x).detach()
     found = basis(model, [(x,)], "0", "2", centred=centred)
     about = hidden - hidden.mean(0) if centred else hidden
-    assert torch.allclose(found.gram, about.T @ about / 200, atol=1e-12)
+    assert torch.allclose(found.gram, about.T @ about / 90, atol=1e-12)
     assert found.rank == 16
     assert found.directions <= 12  # the next wire has no more
     assert max(identities(found)) < 1e-8
     values = found.transform(hidden)
-    assert torch.allclose(values.T @ values / 200, found.eigenvalues.diag(), atol=1e-10)
+    assert torch.allclose(values.T @ values / 90, found.eigenvalues.diag(), atol=1e-10)
     assert torch.equal(found.eigenvalues, found.eigenvalues.sort(descending=True).values)
 
 
@@ -148,6 +148,23 @@ def test_examples_that_mix_are_seen():
     assert torch.allclose(found.moment, torch.einsum("tisj,tisk->jk", full, full) / 9, atol=1e-12)
 
 
+def test_positions_may_come_first():
+    class Swapped(Attends):
+        def forward(self, input_ids):
+            h = self.first(input_ids.T)  # (positions, examples, neurons)
+            y = self.value(h).transpose(0, 1)
+            return self.head(torch.tanh(self.second(y.cumsum(1)))).transpose(0, 1)
+
+    model = Swapped().double()
+    found = basis(model, [IDS[:3], IDS[3:]], model_wire(model, "key"), output=lambda out: out.transpose(0, 1), steps=1)
+    moment = torch.zeros(7, 7).double()
+    for ids in IDS:
+        full = jacrev(lambda h: model.head(torch.tanh(model.second(model.value(h).cumsum(0)))))(model.first(ids).detach())
+        moment += torch.einsum("tisj,tisk->jk", full, full)
+    assert torch.allclose(found.moment, moment / IDS.numel(), atol=1e-12)
+    assert found.n == IDS.numel()
+
+
 def test_values_that_two_maps_read():
     class Two(nn.Module):
         def __init__(self):
@@ -204,7 +221,7 @@ def modular(turn, undo):
     return nn.Sequential(made[0], nn.GELU(), made[1], made[2], nn.GELU(), made[3])
 
 
-def crossed(n=15):
+def crossed(n=10):
     """Inputs of both parts, each of one with each of the other: independent, exactly."""
     a, b = data(n, BLOCKS[0][0], 7), data(n, BLOCKS[1][0], 8)
     return torch.cat([a.repeat_interleave(n, 0), b.repeat(n, 1)], 1)
