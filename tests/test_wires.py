@@ -210,7 +210,7 @@ def test_a_long_skip_ends_at_a_flag():
             return torch.cat([y, x], 1)
 
     words = [mark.text for mark in draw(cl.trace(Long(), torch.randn(2, 4))).marks if mark.role == "flag"]
-    assert sorted(words) == ["C →", "→ C"]
+    assert {"→ C", "C →"} <= set(words)
 
 
 def test_compiled_modules_are_traced_eagerly():
