@@ -198,10 +198,19 @@ def test_an_empty_cache_is_nothing_and_outputs_have_their_own_names():
 
 
 def test_a_long_skip_ends_at_a_flag():
-    model, (x,), _ = ZOO["dense"]()
-    words = [mark.text for mark in draw(cl.trace(model, x)).marks if mark.role == "flag"]
-    assert "→ C₁" in words
-    assert words.count("C₁ →") > 1
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(n + 4, n + 5) for n in range(30))
+
+        def forward(self, x):
+            y = x
+            for layer in self.layers:
+                y = layer(y).relu()
+            return torch.cat([y, x], 1)
+
+    words = [mark.text for mark in draw(cl.trace(Long(), torch.randn(2, 4))).marks if mark.role == "flag"]
+    assert {"→ C", "C →"} <= set(words)
 
 
 def test_compiled_modules_are_traced_eagerly():

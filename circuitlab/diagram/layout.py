@@ -15,7 +15,7 @@ from circuitlab.diagram.glyphs import Spot, draw_node, node_width, parentheses
 from circuitlab.diagram.labels import block_title
 from circuitlab.diagram.metrics import width as text_width
 from circuitlab.diagram.notes import describe, notes_of, tinted
-from circuitlab.diagram.outputs import main_part
+from circuitlab.diagram.outputs import Shown, main_part
 from circuitlab.diagram.pen import Pen, number
 from circuitlab.diagram.place import Places, place
 from circuitlab.diagram.reduce import Reducer
@@ -55,8 +55,8 @@ def draw(
         batch: whether wires of kind "batch" are drawn.
         width: rows are wrapped at about this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
-        outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and what no
-            output needs, and says so below the drawing; "all" draws them.
+        outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and what leads
+            to no output, and says so below the drawing; "all" draws them.
 
     Raises:
         InputError: an unknown block, a negative depth, or an overlay of things that are not there.
@@ -70,16 +70,16 @@ def draw(
         circuit.block(name)
     if outputs not in ("main", "all"):
         raise InputError(f"outputs={outputs!r} is neither 'main' nor 'all'")
-    shown, notes = circuit[block] if block else circuit, ()
-    if outputs == "main":
-        shown, notes = main_part(shown)
-    drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch).drawing()
+    whole = circuit[block] if block else circuit
+    part = main_part(whole) if outputs == "main" else Shown(whole)
+    shown = part.circuit
+    drawing = Reducer(shown, depth=depth, opened=opened, closed=shut, batch=batch, hidden=part.hidden).drawing()
     page = _Page(shown, drawing, place(drawing), width)
     long = page.long_bands()
     if long:
         raise_flags(drawing, long)
         page = _Page(shown, drawing, place(drawing), width)
-    page.draw(notes)
+    page.draw(part.notes)
     marks = page.pen.plates + page.pen.marks
     if overlay:
         marks = tinted(marks, overlay, circuit, page.height + 8)

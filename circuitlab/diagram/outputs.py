@@ -1,36 +1,44 @@
-"""What is not drawn: families of further outputs, and what no output needs; with a note that says so."""
+"""What is not drawn: families of further outputs, and what leads to no output; with notes that say so."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from circuitlab.circuit import Block, Circuit, Op
 
 _FAMILY = 3
 
 
-def main_part(circuit: Circuit) -> tuple[Circuit, tuple[str, ...]]:
-    """The circuit without its families of further outputs, and without what no output needs.
+@dataclass(frozen=True)
+class Shown:
+    """What of a circuit is drawn: all of this one but some ops, and notes of what is left out."""
+
+    circuit: Circuit
+    hidden: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def main_part(circuit: Circuit) -> Shown:
+    """The circuit without its families of further outputs, and with what leads to no output hidden.
 
     A family is three or more outputs of one shape, made by the same line of code (the hidden states or attention
     weights of each layer), or what lies deeper in what forward returned than its first output does
-    (``past_key_values.layers[0].keys``). Those of one family with the first output are all main. What no output needs
-    only steers Python (a warning about padding, a choice by ``.item()``), or is thrown away.
-
-    Returns:
-        the circuit, and notes of what was left out.
+    (``past_key_values.layers[0].keys``). Those of one family with the first output are all main. What leads to no output
+    steers Python (a warning about padding, a number by ``.item()``), or is thrown away: folded blocks still count it in.
     """
     out = _further(circuit)
     outputs = tuple(name for name in circuit.outputs if name not in out)
     every, needed = _needed(circuit, circuit.outputs), _needed(circuit, outputs)
-    idle = [op for op in circuit.ops if op.name not in every and op.kind != "reindex"] if outputs else []
+    idle = [op for op in circuit.ops if op.name not in every] if outputs else []
     if not out and not idle:
-        return circuit, ()
-    kept = tuple(op for op in circuit.ops if op.name in needed)
+        return Shown(circuit)
+    kept = needed | _needed(circuit, tuple(name for op in idle for name in op.outputs)) | {op.name for op in idle}
     returns = tuple(path for n, path in zip(circuit.outputs, circuit.returns, strict=False) if n not in out)
-    shown = replace(circuit, ops=kept, root=_pruned(circuit.root, needed), outputs=outputs, returns=returns)
-    return shown, tuple(filter(None, (_outputs_note(circuit, out), _idle_note(circuit, idle))))
+    ops = tuple(op for op in circuit.ops if op.name in kept)
+    part = replace(circuit, ops=ops, root=_pruned(circuit.root, kept), outputs=outputs, returns=returns)
+    notes = _outputs_note(circuit, out), _idle_note([op for op in idle if op.kind != "reindex"])
+    return Shown(part, frozenset(kept - needed), tuple(filter(None, notes)))
 
 
 def _further(circuit: Circuit) -> set[str]:
@@ -79,9 +87,9 @@ def _outputs_note(circuit: Circuit, out: set[str]) -> str:
     return f"{count} more output{' is' if count == 1 else 's are'} not drawn, such as {names[0]}" if names else ""
 
 
-def _idle_note(circuit: Circuit, idle: list[Op]) -> str:
+def _idle_note(idle: list[Op]) -> str:
     """Of the last of these ops, as that is what the others are for."""
     if not idle:
         return ""
-    words = "operation that no output needs is" if len(idle) == 1 else "operations that no output needs are"
-    return f"{len(idle)} {words} not drawn, such as {idle[-1].fn} in {idle[-1].source.rpartition('/')[2]}"
+    words = "operation is not drawn, as it leads" if len(idle) == 1 else "operations are not drawn, as they lead"
+    return f"{len(idle)} {words} to no output but through Python: {idle[-1].fn} in {idle[-1].source.rpartition('/')[2]}"

@@ -7,15 +7,16 @@ read off the ops' axes: nothing here guesses.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from circuitlab.circuit import Axis, Block, Circuit, Op
+from circuitlab.diagram.arrays import Arrays
 from circuitlab.diagram.bundles import bundles, factors
-from circuitlab.diagram.drawing import Band, Drawing, Node, Occurrence, Track
+from circuitlab.diagram.drawing import Band, Drawing, Node, Occurrence
 from circuitlab.diagram.labels import labels
 from circuitlab.diagram.repeats import Repeats, is_silent
+from circuitlab.diagram.scales import absorb_scales
 from circuitlab.diagram.signs import part_of, sign_of
 
 
@@ -37,7 +38,6 @@ class _Unit:
         return [self.makes] if self.makes else [name for op in self.ops for name in op.outputs]
 
 
-_RANK = {"batch": 9, "position": 0, "spatial": 0, "head": 5, "group": 6, "": 3}
 _SOON = 2
 """Readers of an array this many nodes after the first share its copy."""
 _QUIET_FUNCTIONS = {"linear", "contract", "softmax", "conv", "embedding", "box"}
@@ -54,18 +54,15 @@ class Reducer:
         opened: frozenset[str],
         closed: frozenset[str],
         batch: bool,
+        hidden: frozenset[str] = frozenset(),
     ) -> None:
         self.circuit = circuit
-        self.opened, self.closed, self.batch, self.depth = opened, closed, batch, depth
+        self.opened, self.closed, self.depth, self.hidden = opened, closed, depth, hidden
         self.static = _static(circuit)
-        self.aliases: dict[str, str] = {}
+        self.arrays = Arrays(circuit, self.static, batch=batch)
         self.plates: dict[str, tuple[Block, int]] = {}
         self.foldable: dict[str, str] = {}
         self.stepped: set[str] = set()
-        self.bundles: dict[str, str] = {}
-        self.factors: dict[str, str] = {}
-        self.bundled: dict[str, int] = {}
-        self._seen: dict[str, tuple[str, dict[tuple[int, int], Occurrence]]] = {}
 
     def drawing(self) -> Drawing:
         """The drawing of the circuit's root."""
@@ -77,14 +74,14 @@ class Reducer:
         nodes, made = self._nodes(units)
         bands = self._bands(nodes, made)
         glyphs = [op for unit in units if not unit.folded for op in unit.ops]
-        self.factors = factors(self.circuit, nodes, bands, glyphs)
-        if self.factors:
+        self.arrays.factors = factors(self.circuit, nodes, bands, glyphs)
+        if self.arrays.factors:
             nodes, made = self._nodes(units)
             bands = self._bands(nodes, made)
         shown = [track.wires for node in nodes for band in node.outs for track in band.tracks]
         signs = labels(self.circuit.wires, shown)
         drawing = Drawing(nodes, bands, self.plates, self.foldable, signs)
-        _absorb_scales(drawing, self.circuit)
+        absorb_scales(drawing, self.circuit)
         return drawing
 
     # what is shown ------------------------------------------------------------------------------------
@@ -94,37 +91,41 @@ class Reducer:
 
     def _live(self, ops: Iterable[Op]) -> list[Op]:
         """Ops that are drawn: they depend on the inputs, and do something."""
-        return [op for op in ops if not self._hidden(op)]
+        return [op for op in ops if not self._is_still(op)]
 
-    def _hidden(self, op: Op) -> bool:
+    def _seen(self, ops: Iterable[Op]) -> list[Op]:
+        """Live ops that are not to be hidden: a folded block counts those in as well."""
+        return [op for op in self._live(ops) if op.name not in self.hidden]
+
+    def _is_still(self, op: Op) -> bool:
         if is_silent(op):
             return True
         return bool(op.outputs) and all(name in self.static for name in op.outputs)
 
     def _units(self, block: Block, level: int, plates: tuple[str, ...]) -> list[_Unit]:
         units: list[_Unit] = []
-        folded = Repeats(self.circuit, self.static, self.aliases, self.canonical).fold(block)
+        folded = Repeats(self.circuit, self.static, self.hidden, self.arrays.aliases, self.arrays.canonical).fold(block)
         items, counts = folded.items, folded.counts
         self.stepped |= folded.stepped
-        self._seen.clear()
-        large = [i for i in items if isinstance(i, Block) and not self._is_glyph(i) and self._live(self._ops(i))]
+        self.arrays.learned()
+        large = [i for i in items if isinstance(i, Block) and not self._is_glyph(i) and self._seen(self._ops(i))]
         for item, count in zip(items, counts, strict=True):
             if isinstance(item, str):
                 op = self.circuit.op(item)
-                if not self._hidden(op):
+                if self._seen([op]):
                     units.append(_Unit([op], None, plates, folded=False))
                 continue
             while self._is_wrapper(item):
                 item = next(i for i in item.items if isinstance(i, Block) and not self._is_empty(i))
-            ops = self._live(self._ops(item))
-            if not ops:
+            ops, seen = self._live(self._ops(item)), self._seen(self._ops(item))
+            if not seen:
                 continue
             if item.kind == "loop":
                 self.plates[item.name] = (item, count)
                 units.extend(self._units(item, level, (*plates, item.name)))
                 continue
             if self._is_glyph(item):
-                units.append(_Unit(ops, item, plates, folded=False, count=count))
+                units.append(_Unit(seen, item, plates, folded=False, count=count))
                 continue
             free = (item.kind == "function" and self._worth_seeing(item)) or (len(large) == 1 and count == 1 and block.kind != "loop")
             if self._is_open(item, level, free):
@@ -185,7 +186,7 @@ class Reducer:
             op = self.circuit.op(reader)
             if is_silent(op):
                 found.update({o.name: o for out in op.outputs for o in self._readers(out)})
-            else:
+            elif op.name not in self.hidden:
                 found[op.name] = op
         return list(found.values())
 
@@ -197,7 +198,7 @@ class Reducer:
     def _worth_seeing(self, block: Block) -> bool:
         """Functions that hold products or a softmax are steps of the architecture; others are details."""
         ops = list(self._ops(block))
-        return len(self._live(ops)) <= 24 and any(op.kind in _QUIET_FUNCTIONS for op in ops)
+        return len(self._seen(ops)) <= 24 and any(op.kind in _QUIET_FUNCTIONS for op in ops)
 
     def _is_wrapper(self, block: Block) -> bool:
         """A function that hands everything on to one block is no step of its own."""
@@ -207,18 +208,18 @@ class Reducer:
         return len(inner) == 1 and isinstance(inner[0], Block)
 
     def _is_empty(self, item: str | Block) -> bool:
-        return not self._live([self.circuit.op(item)] if isinstance(item, str) else self._ops(item))
+        return not self._seen([self.circuit.op(item)] if isinstance(item, str) else self._ops(item))
 
     def _is_glyph(self, block: Block) -> bool:
         """Blocks that come to a single glyph: one op, one elementwise function, one normalisation."""
-        live = self._live(self._ops(block))
+        live = self._seen(self._ops(block))
         if len(live) == 1:
             return True
         if any(op.kind not in ("elementwise", "reduce", "norm", "random") for op in live):
             return False
         made = {name for op in live for name in op.outputs}
-        read = {self.canonical(n) for op in live for n in op.inputs if n not in self.static}
-        inner = {self.canonical(n) for n in made}
+        read = {self.arrays.canonical(n) for op in live for n in op.inputs if n not in self.static}
+        inner = {self.arrays.canonical(n) for n in made}
         outside = list(self._left(live))
         if len(read - inner) != 1 or len(outside) != 1:
             return False
@@ -246,75 +247,9 @@ class Reducer:
             if is_silent(op):
                 if any(self._read_outside(out, inside) for out in op.outputs):
                     return True
-            elif reader not in inside:
+            elif reader not in inside and reader not in self.hidden:
                 return True
         return False
-
-    # arrays -------------------------------------------------------------------------------------------
-
-    def canonical(self, name: str) -> str:
-        """The array that a reindexed array is."""
-        return self._resolve(name)[0]
-
-    def _resolve(self, name: str) -> tuple[str, dict[tuple[int, int], Occurrence]]:
-        """The array behind reindexing, and for each (dim, factor) where that stands in it."""
-        known = self._seen.get(name)
-        if known is not None:
-            return known
-        if name in self.aliases:
-            found = self._resolve(self.aliases[name])
-            self._seen[name] = found
-            return found
-        tensor = self.circuit.tensor(name)
-        op = self.circuit.op(tensor.op) if tensor.op else None
-        if op is None or not is_silent(op) or not op.inputs:
-            own = {(d, f): (name, d, f) for d, dim in enumerate(tensor.dims) for f in range(len(dim))}
-            self._seen[name] = (name, own)
-            return self._seen[name]
-        number = op.outputs.index(name)
-        slot = next((s for s, n in enumerate(op.inputs) if n not in self.static), 0)
-        if len(op.outputs) > 1 and number < len(op.inputs):  # arrays broadcast to one shape
-            slot = number
-        base, places = self._resolve(op.inputs[slot])
-        mapped: dict[tuple[int, int], Occurrence] = {}
-        for axis in op.axes:
-            start = next((p for p in axis.ins if p[0] == slot), None)
-            for out, dim, factor in axis.outs:
-                if out == number and start is not None and (start[1], start[2]) in places:
-                    mapped[dim, factor] = places[start[1], start[2]]
-        self._seen[name] = (base, mapped)
-        return self._seen[name]
-
-    def occurrence(self, name: str, dim: int, factor: int) -> Occurrence | None:
-        """Where an occurrence stands in the array behind reindexing; None for one made by repeating."""
-        return self._resolve(name)[1].get((dim, factor))
-
-    def tracks(self, name: str) -> list[Track]:
-        """The tracks of an array, from top to bottom: positions, features, heads, batch."""
-        tensor = self.circuit.tensor(name)
-        found = [
-            (wire, (name, d, f)) for d, dim in enumerate(tensor.dims) for f, wire in enumerate(dim)
-        ]
-        wires = self.circuit.wires
-        if not self.batch:
-            found = [pair for pair in found if wires[pair[0]].kind != "batch"]
-        keys: list[tuple[int, int, int, int, str]] = []
-        count: Counter[str] = Counter()
-        for at, (wire, _) in enumerate(found):
-            together = self.bundles.get(wire, "")  # factors are next to each other as it is
-            number = self.bundled.setdefault(together, len(self.bundled)) if together else at  # one order in all arrays
-            group = together or self.factors.get(wire, "") or wires[wire].group
-            keys.append((_RANK.get(wires[wire].kind, 2), not together, count[wire], number, group))
-            count[wire] += 1
-        tracks: list[Track] = []
-        group = ""
-        for (*_, mine), _, (wire, place) in sorted(zip(keys, range(len(found)), found, strict=True)):
-            if tracks and group and mine == group and wire not in tracks[-1].wires:
-                tracks[-1] = Track((*tracks[-1].wires, wire), (*tracks[-1].places, place))
-            else:
-                tracks.append(Track((wire,), (place,)))
-            group = mine
-        return tracks
 
     # nodes --------------------------------------------------------------------------------------------
 
@@ -326,7 +261,7 @@ class Reducer:
         for name in self.circuit.inputs:
             node = Node("input", label=name, upper=name if several else "")
             nodes.append(node)
-            made[self.canonical(name)] = node
+            made[self.arrays.canonical(name)] = node
         for unit in units:
             node = self._node(unit)
             self.units[id(node)] = unit
@@ -335,7 +270,7 @@ class Reducer:
                 made[name] = node
         several = len(self.circuit.outputs) > 1
         for name in self.circuit.outputs:
-            if self.canonical(name) in made:
+            if self.arrays.canonical(name) in made:
                 nodes.append(Node("output", label=name, upper=self.circuit.returned(name) if several else ""))
         return nodes, made
 
@@ -366,24 +301,24 @@ class Reducer:
         """Join the nodes. An array that several nodes read is copied: a node of its own."""
         readers: dict[str, list[Node]] = {}
         order = {id(node): number for number, node in enumerate(nodes)}
-        outputs = iter([n for n in self.circuit.outputs if self.canonical(n) in made])
+        outputs = iter([n for n in self.circuit.outputs if self.arrays.canonical(n) in made])
         reads: dict[int, list[str]] = {}
         for node in nodes:
             if node.kind == "input":
                 continue
             if node.kind == "output":
-                names = [self.canonical(next(outputs))]
+                names = [self.arrays.canonical(next(outputs))]
             else:
                 names = self._reads(self.units[id(node)], made, node)
             reads[id(node)] = names
             for name in names:
                 readers.setdefault(name, []).append(node)
-        self.bundles = bundles(self.circuit, readers)
+        self.arrays.bundles = bundles(self.circuit, readers)
         bands: list[Band] = []
         band_of: dict[tuple[str, int], Band] = {}
         depth = self._depths(nodes, reads, made)
         for name, found in readers.items():
-            source, tracks = made[name], self.tracks(name)
+            source, tracks = made[name], self.arrays.tracks(name)
             groups = _groups(sorted(found, key=lambda node: depth[id(node)]), depth)
             for number, group in enumerate(groups):
                 rest = list(itertools.chain(*groups[number:]))
@@ -432,7 +367,7 @@ class Reducer:
         inner = {name for op in unit.ops for name in op.outputs}
         for op in unit.ops:
             for name in op.inputs:
-                base = self.canonical(name)
+                base = self.arrays.canonical(name)
                 if base not in self.static and base in made and made[base] is not node and base not in inner:
                     found[base] = None
         return list(found)
@@ -446,7 +381,7 @@ class Reducer:
         for op in unit.ops:
             for axis in op.axes:
                 ins = [o for s, d, f in axis.ins if op.inputs[s] not in self.static
-                       and (o := self.occurrence(op.inputs[s], d, f)) is not None]
+                       and (o := self.arrays.occurrence(op.inputs[s], d, f)) is not None]
                 outs = [(op.outputs[s], d, f) for s, d, f in axis.outs]
                 if axis.passes and ins and (floats or not self._learned(op, axis)):
                     for one in (*ins, *outs):
@@ -481,7 +416,7 @@ class Reducer:
         for axis in op.axes:
             if axis.role == "contracted":
                 ends = [where[o] for s, d, f in axis.ins
-                        if (o := self.occurrence(op.inputs[s], d, f)) is not None and o in where]
+                        if (o := self.arrays.occurrence(op.inputs[s], d, f)) is not None and o in where]
                 if len(ends) == 2 and (ends[0], ends[1]) not in node.pairs:
                     node.pairs.append((ends[0], ends[1]))
 
@@ -540,36 +475,3 @@ def _title(block: Block) -> str:
         return block.title
     last = block.name.split("/")[-1].split("#")[0].rpartition(".")[2]
     return block.title if last.isdigit() else last
-
-
-def _absorb_scales(drawing: Drawing, circuit: Circuit) -> None:
-    """A scale right after a product rides on the product's arrow."""
-    for node in list(drawing.nodes):
-        if node.kind != "elementwise" or not node.op or len(node.ins) != 1 or len(node.outs) != 1:
-            continue
-        op, before = circuit.op(node.op), node.ins[0].source
-        scalar = op.attrs.get("scalar")
-        if before.kind != "contract" or op.fn not in ("mul", "div") or not isinstance(scalar, (int, float)):
-            continue
-        if before.label or len(before.outs) != 1:
-            continue
-        before.label = _scale(op.fn, float(scalar), before, circuit, drawing.signs)
-        band, after = node.ins[0], node.outs[0]
-        moved = {track: out for a, track, _, out in node.passes if a is band}
-        if len(moved) != len(band.tracks):
-            continue
-        before.passes = [(a, i, after, moved[o]) for a, i, _, o in before.passes]
-        before.outs = [after]
-        after.source = before
-        drawing.bands.remove(band)
-        drawing.nodes.remove(node)
-
-
-def _scale(fn: str, scalar: float, product: Node, circuit: Circuit, signs: dict[str, str]) -> str:
-    """The scale as people write it: 1/√k where it is that."""
-    factor = scalar if fn == "mul" else 1 / scalar if scalar else 0.0
-    for (band, number), _ in product.pairs:
-        wire = circuit.wires[band.tracks[number].wires[0]]
-        if abs(factor * wire.size**0.5 - 1) < 1e-6:
-            return f"· 1/√{signs[wire.name]}"
-    return f"· {factor:.3g}"

@@ -49,9 +49,15 @@ class Repeats:
     """
 
     def __init__(
-        self, circuit: Circuit, static: frozenset[str], aliases: dict[str, str], canonical: Callable[[str], str]
+        self,
+        circuit: Circuit,
+        static: frozenset[str],
+        hidden: frozenset[str],
+        aliases: dict[str, str],
+        canonical: Callable[[str], str],
     ) -> None:
-        self.circuit, self.static, self.aliases, self.canonical = circuit, static, aliases, canonical
+        self.circuit, self.static, self.hidden = circuit, static, hidden
+        self.aliases, self.canonical = aliases, canonical
 
     def fold(self, block: Block) -> Folded:
         """The items of a block, runs of like blocks once, and steps of loops as a block of kind "loop"."""
@@ -80,7 +86,7 @@ class Repeats:
 
     def _is_silent(self, name: str) -> bool:
         op = self.circuit.op(name)
-        return is_silent(op) or all(out in self.static for out in op.outputs)
+        return name in self.hidden or is_silent(op) or all(out in self.static for out in op.outputs)
 
     def _key(self, at: int) -> object:
         """What must be equal for two items to be alike: enough to look for loops by."""
@@ -232,6 +238,8 @@ class Repeats:
         found = {""} if name in self.circuit.outputs else set[str]()
         for reader in self.circuit.consumers.get(name, ()):
             op = self.circuit.op(reader)
+            if reader in self.hidden:
+                continue
             if op.kind == "reindex":
                 for out in op.outputs:
                     found |= self._readers(out)

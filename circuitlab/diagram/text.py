@@ -22,8 +22,10 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
         depth: levels of blocks to unfold; 0 is one line.
         width: lines are cut at this many characters.
     """
-    circuit, notes = main_part(circuit)
-    drawing = Reducer(circuit, depth=depth, opened=frozenset(), closed=frozenset(), batch=True).drawing()
+    part = main_part(circuit)
+    drawing = Reducer(
+        part.circuit, depth=depth, opened=frozenset(), closed=frozenset(), batch=True, hidden=part.hidden
+    ).drawing()
     rows: list[tuple[str, str, str]] = []
     open_plates: tuple[str, ...] = ()
     for node in drawing.nodes:
@@ -35,8 +37,8 @@ def render(circuit: Circuit, *, depth: int = 1, width: int = 100) -> str:
                 open_plates = node.plates[: level + 1]
         open_plates = node.plates
         rows.append(("  " * len(node.plates) + _label(node), _acts(drawing.signs, node), _passes(drawing.signs, node)))
-    lines = _table(circuit, drawing, rows, width)
-    lines += [f"  {note}" for note in notes]
+    lines = _table(part.circuit, drawing, rows, width)
+    lines += [f"  {note}" for note in part.notes]
     return "\n".join(lines) + "\n"
 
 
