@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from circuitlab.circuit import load as load
     from circuitlab.errors import CircuitlabError as CircuitlabError
     from circuitlab.trace.record import trace as trace
+    from circuitlab.widgets.lab import explore as explore
 
 __version__ = "0.1.0"
 
@@ -24,12 +25,13 @@ _WHERE = {
     "Circuit": "circuitlab.circuit",
     "CircuitlabError": "circuitlab.errors",
     "expert_curve": "circuitlab.analysis.expert_curve",
+    "explore": "circuitlab.widgets.lab",
     "load": "circuitlab.circuit",
     "observe": "circuitlab.analysis.neurons",
     "partition": "circuitlab.analysis.modularity",
     "to_moe": "circuitlab.analysis.experts",
 }
-__all__ = ["Circuit", "CircuitlabError", "__version__", "expert_curve", "load", "observe", "partition", "to_moe", "trace"]
+__all__ = ["Circuit", "CircuitlabError", "expert_curve", "explore", "load", "observe", "partition", "to_moe", "trace"]
 
 
 def __getattr__(name: str) -> Any:
