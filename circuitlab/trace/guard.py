@@ -8,6 +8,7 @@ a forward keeps outside of its module (results of cached functions, tables in gl
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import gc
 import io
@@ -89,12 +90,26 @@ def copy_model(
 
     for parameter in model.parameters():
         known[id(parameter)] = copy_of(parameter) if meta or convert else parameter
-    with _CopyTensors(twin):
+    with _CopyTensors(twin), _generators():
         try:
             return attempt()
         except Exception:
             known.update(_stand_ins((model, values), known, (type(model).__name__, "inputs")))
             return attempt()
+
+
+@contextmanager
+def _generators() -> Iterator[None]:
+    """While active, generators are copied with their own state: by their pickled one it would be a tensor to be copied."""
+    known = copyreg.dispatch_table.get(torch.Generator)
+    copyreg.dispatch_table[torch.Generator] = lambda generator: (generator.clone_state, ())
+    try:
+        yield
+    finally:
+        if known is None:
+            del copyreg.dispatch_table[torch.Generator]
+        else:
+            copyreg.dispatch_table[torch.Generator] = known
 
 
 def _stand_ins(given: tuple[Any, ...], known: dict[int, Any], names: tuple[str, ...]) -> dict[int, Any]:
