@@ -420,3 +420,14 @@ def test_a_bar_is_shown_and_can_be_turned_off(capsys, monkeypatch):
 def test_importing_the_package_loads_none_of_this():
     code = "import sys, circuitlab; assert not {'networkit', 'sklearn', 'scipy', 'torch', 'tqdm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_points_that_are_alike_are_assigned(seed):
+    """Points of equal costs, as silent neurons are, in single precision: rounding must not lead in circles."""
+    rng = np.random.default_rng(seed)
+    cost = np.concatenate([np.repeat(rng.random((1, 8)), 44, 0), rng.random((84, 8)) + 1]).astype(np.float32)
+    labels, _ = balanced.assign(cost)
+    assert (np.bincount(labels) == 16).all()
+    rows, columns = linear_sum_assignment(np.repeat(cost.astype(np.float64), 16, axis=1))
+    assert cost[np.arange(128), labels].sum() == pytest.approx(np.repeat(cost, 16, axis=1)[rows, columns].sum(), rel=1e-6)

@@ -70,8 +70,9 @@ def assign(cost: Floats, prices: Floats | None = None) -> tuple[Labels, Floats]:
     prices = np.zeros(k) if prices is None else np.asarray(prices, dtype=np.float64)
     if max(scale, spread) > 0:
         prices = _entropic(cost, prices, capacity, max(scale, spread * 0.05))
-    labels = np.asarray(np.argmin(cost + prices.astype(cost.dtype), axis=1), dtype=np.int64)
-    return _settle(cost, labels, capacity, 1e-7 * max(scale, 1e-30)), prices
+    exact = cost.astype(np.float64)  # differences of single precision add up to gains around circles that are none
+    labels = np.asarray(np.argmin(exact + prices, axis=1), dtype=np.int64)
+    return _settle(exact, labels, capacity, 1e-7 * max(scale, 1e-30)), prices
 
 
 def _entropic(cost: Floats, prices: Floats, capacity: int, scale: float) -> Floats:
@@ -148,7 +149,10 @@ def _cheapest(move: Floats, source: NDArray[np.bool_], sink: NDArray[np.bool_]) 
     while before[at] >= 0 and len(path) <= k:
         at = int(before[at])
         path.append(at)
-    return path[::-1]
+    if len(set(path)) == len(path) > 1 and source[path[-1]]:
+        return path[::-1]
+    direct = np.where(source[:, None] & sink, move, np.inf)  # a circle, by rounding: one step always leads on
+    return [int(n) for n in np.unravel_index(int(direct.argmin()), direct.shape)]
 
 
 # k-means ----------------------------------------------------------------------------------------------
