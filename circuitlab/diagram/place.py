@@ -104,7 +104,6 @@ def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) ->
     Returns:
         such glyphs, each with the short bands at one side.
     """
-
     crossing: list[list[Band]] = [[] for _ in range(max(column.values(), default=0) + 1)]
     for band in drawing.bands:
         for gap in range(column[id(band.source)], column[id(band.target)]):
