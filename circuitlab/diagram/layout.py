@@ -132,6 +132,7 @@ class _Page:
         for node in self.drawing.nodes:
             for name in node.plates:
                 self.members[name].append(node)
+        self.reach: dict[str, tuple[int, int]] = {}
         self.sized = self._sized()
         self.crossing: list[list[Band]] = []  # by row
         self.standing: list[list[Node]] = []
@@ -204,7 +205,7 @@ class _Page:
                 gaps[at] = max(gaps[at], text_width(band.source.label, 12, "label") + 14)
         for name, nodes in self.members.items():
             if nodes and self.drawing.plates[name][1] > 1:
-                first, last = self._columns(nodes)
+                first, last = self._reach(name)
                 gaps[last] = max(gaps[last], 42.0)
                 if first:
                     gaps[first - 1] += 28.0
@@ -215,8 +216,15 @@ class _Page:
         closes = False
         for name in node.plates:
             if self.drawing.plates[name][1] > 1:
-                closes |= self.column[id(node)] == self._columns(self.members[name])[1]
+                closes |= self.column[id(node)] == self._reach(name)[1]
         return 32.0 if closes else 12.0 if node.kind == "merge" else 0.0
+
+    def _reach(self, name: str) -> tuple[int, int]:
+        """First and last column of a plate."""
+        known = self.reach.get(name)
+        if known is None:
+            known = self.reach[name] = self._columns(self.members[name])
+        return known
 
     def _columns(self, nodes: list[Node]) -> tuple[int, int]:
         at = [self.column[id(node)] for node in nodes]
@@ -228,6 +236,7 @@ class _Page:
         breaks = self._breaks(self._widths())
         if len(breaks) > 1:
             breaks = self._late(breaks)
+            self.reach.clear()
             self.places.wrap(self.drawing, breaks)
             self.by_column = self._by_column()
         wide = self._node_widths()
@@ -311,7 +320,7 @@ class _Page:
             change[self.column[id(band.target)]] -= max(len(band.tracks), 1)
         for name, nodes in self.members.items():
             if nodes:
-                first, last = self._columns(nodes)
+                first, last = self._reach(name)
                 weight = 9.0 if self.drawing.plates[name][1] > 1 else 3.0
                 change[first] += weight
                 change[last] -= weight
@@ -406,7 +415,7 @@ class _Page:
     def _room(self, name: str, nodes: list[Node], column: int, counted: float) -> float:
         """Room beside a plate's first or last column for the edges, and parentheses, of the plates within it."""
         inner = {p for n in nodes if self.column[id(n)] == column for p in n.plates[n.plates.index(name) + 1 :]}
-        edges = [p for p in inner if column in self._columns(self.members[p])]
+        edges = [p for p in inner if column in self._reach(p)]
         return sum(counted if self.drawing.plates[p][1] > 1 else 3.0 for p in edges)
 
     def _plate(self, name: str, row: _Row) -> None:
@@ -425,7 +434,7 @@ class _Page:
                                     size=11, anchor="start", fill="ink"))
         if count < 2:
             return
-        first, last = self._columns(nodes)
+        first, last = self._reach(name)
         own = set(map(id, nodes))
         bands = [b for b in self.crossing[row.number] if id(b.source) in own or id(b.target) in own]
         spans = [self._span(b, row) for b in bands]
