@@ -189,6 +189,8 @@ class _Runs:
         self.tolerance = max((tolerance_of(t.dtype) for t in (*results, *self.case.operands)), default=1e-8)
         self.rounding = _EIGHT_BITS if op.attrs.get("dynamic") else self.tolerance
         self.read: int | None = None
+        self.smaller: dict[tuple[int, ...], _Case] = {}  # numbers of axes -> the call on some entries of those
+        self.held: dict[tuple[int, ...], bool] = {}
 
     def small(self, axis: Axis, generator: torch.Generator) -> _Case:
         """The call on a few entries of its other axes, to test an axis of a large one; the call itself if that is none.
@@ -196,29 +198,42 @@ class _Runs:
         Where the circuit says that an axis is broadcast, some entries of it must give just these entries of the
         results. That is tested here too: where it does not hold, the whole call is what the axis is tested on.
         """
-        small = _Case(self.case.call, self.case.results)
-        others = [other for other in self.op.axes if other is not axis and other.role in PASSING_ROLES and other.ins]
-        for other in sorted(others, key=lambda other: -self.circuit.wires[other.wire].size):
+        small, key = self.case, tuple[int, ...]()
+        for number, other in self.narrowed:
             size, volume = self.circuit.wires[other.wire].size, small.volume
             keep = max(_FEW, size * _ENOUGH // max(volume, 1))
-            if volume <= _ENOUGH or keep >= size:
+            if other is axis or volume <= _ENOUGH or keep >= size:
                 continue
-            index = torch.randperm(size, generator=generator, device="cpu")[:keep].sort()[0]
-            ins, outs = _spots(other)
-            operands = iter(self.reindexed(small.operands, index, ins, False, small))
-            results = self.reindexed(small.results, index, outs, True, small)
-            sizes = small.sizes | {(out, *spot[:3]): keep for out, spots in ((False, ins), (True, outs)) for spot in spots}
-            small = _Case(mapped(small.call, lambda _, operands=operands: next(operands)), results)
-            small.sizes = sizes
-        if not small.sizes:
-            return self.case
-        try:
-            got = self.again(lambda _, tensor: tensor.clone(), small)
-            pairs = list(zip(got, small.results, strict=True))[: self.read]
-            held = all(difference(a, b, small.floor) <= self.tolerance for a, b in pairs)
-        except _FAILURES:
-            return self.case
-        return small if held else self.case
+            key = (*key, number)
+            small = self.smaller.get(key) or self._narrow(small, other, keep, generator)
+            self.smaller[key] = small
+        if key and key not in self.held:
+            try:
+                got = self.again(lambda _, tensor: tensor.clone(), small)
+                pairs = zip(got, small.results, strict=True)
+                self.held[key] = all(difference(a, b, small.floor) <= self.tolerance for a, b in [*pairs][: self.read])
+            except _FAILURES:
+                self.held[key] = False
+        return small if key and self.held[key] else self.case
+
+    def _narrow(self, case: _Case, axis: Axis, keep: int, generator: torch.Generator) -> _Case:
+        """Some entries of one axis, in operands and results."""
+        index = torch.randperm(self.circuit.wires[axis.wire].size, generator=generator, device="cpu")[:keep].sort()[0]
+        ins, outs = _spots(axis)
+        operands = iter(self.reindexed(case.operands, index, ins, False, case))
+        made = _Case(mapped(case.call, lambda _: next(operands)), self.reindexed(case.results, index, outs, True, case))
+        sides = ((False, ins), (True, outs))
+        made.sizes = case.sizes | {(out, *spot[:3]): keep for out, spots in sides for spot in spots}
+        return made
+
+    @functools.cached_property
+    def narrowed(self) -> list[tuple[int, Axis]]:
+        """The axes of which some entries give just these entries of the results, largest first."""
+        found = [
+            (number, axis) for number, axis in enumerate(self.op.axes)
+            if axis.ins and (axis.role in PASSING_ROLES or (axis.role == "created" and self.op.kind == "linear"))
+        ]
+        return sorted(found, key=lambda pair: -self.circuit.wires[pair[1].wire].size)
 
     @functools.cached_property
     def signature(self) -> str:
@@ -418,7 +433,8 @@ def _indices(size: int, any_map: bool, generator: torch.Generator) -> list[torch
     swap, cycle = torch.arange(size, device="cpu"), torch.empty(size, dtype=torch.long, device="cpu")
     swap[order[:2]] = order[:2].flip(0)
     cycle[order] = order.roll(1)
-    return [swap, cycle, draw_index(size, True, generator)] if any_map else [swap, cycle]
+    found = [swap] if torch.equal(swap, cycle) else [swap, cycle]
+    return [*found, draw_index(size, True, generator)] if any_map else found
 
 
 def draw_index(size: int, any_map: bool, generator: torch.Generator) -> torch.Tensor:
