@@ -12,7 +12,7 @@ from circuitlab.errors import InputError
 from circuitlab.gallery.gpt import GPT
 from circuitlab.trace.events import tensors_in
 from circuitlab.trace.record import named_inputs
-from circuitlab.trace.claims import mapped
+from circuitlab.trace.events import mapped
 
 DIFFERENT = {
     "residual_in_place",  # the model itself has no gradient: it writes to what backward needs

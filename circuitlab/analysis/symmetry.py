@@ -67,12 +67,12 @@ class Symmetry:
 
     def identity(self) -> Element:
         """The element that moves nothing."""
-        return {name: torch.arange(wire.size).expand(self.shape(name)).clone() for name, wire in self.wires.items()}
+        return {name: torch.arange(wire.size, device="cpu").expand(self.shape(name)).clone() for name, wire in self.wires.items()}
 
     def random(self, seed: int = 0) -> Element:
         """An element drawn uniformly. The same seed gives the same; no global random state is touched."""
         generator = torch.Generator().manual_seed(seed)
-        return {name: torch.rand(self.shape(name), generator=generator, dtype=torch.float64).argsort(-1) for name in self.wires}
+        return {name: torch.rand(self.shape(name), generator=generator, dtype=torch.float64, device="cpu").argsort(-1) for name in self.wires}
 
     def element(self, permutations: Mapping[str, Any]) -> Element:
         """Permutations, some of which may be left out or given once for all indices around, as an element.
@@ -104,7 +104,7 @@ class Symmetry:
         outer = self.within[name]
         if not any(other in two for other in outer):
             return one[name]
-        grid = torch.meshgrid(*(torch.arange(self.circuit.wires[other].size) for other in outer), indexing="ij")
+        grid = torch.meshgrid(*(torch.arange(self.circuit.wires[other].size, device="cpu") for other in outer), indexing="ij")
         at = dict(zip(outer, grid, strict=True))
         where = [two[o][tuple(at[around] for around in (*self.within[o], o))] if o in two else at[o] for o in outer]
         return one[name][tuple(where)]

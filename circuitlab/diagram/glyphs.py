@@ -17,7 +17,8 @@ _FLOATING = {"elementwise", "mask"}
 def node_width(node: Node, places: Places) -> float:
     """How wide a node's column must be."""
     spot = Spot(node, 0.0, 0.0, places)
-    bend = curve(max((abs(spot.track(a, i) - spot.track(b, o)) for a, i, b, o in node.passes), default=0.0))
+    bends = [abs(spot.track(a, i) - spot.track(b, o)) for a, i, b, o in node.passes if places.y]
+    bend = curve(max(bends, default=0.0))
     label = width(node.label, 12, "title")
     if node.kind in ("input", "output"):
         return width(node.upper, 11, "title") + 12.0 if node.upper else 8.0

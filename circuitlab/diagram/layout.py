@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,9 @@ _ROW_GAP = 30.0
 _LEAD = 34.0
 _STRETCH = 1.2
 """A row may be this much wider than asked for if that saves a second one."""
+_LONG = 8
+"""Of a drawing of more rows than this, columns are shared out before heights are known: all heights in one row would
+take time that grows faster than the drawing."""
 
 _DATA = {"input", "block", "merge", "linear", "embedding", "conv", "bar", "contract", "box", "opaque", "pool", "index",
          "reduce", "load"}
@@ -124,8 +128,17 @@ class _Page:
         self.pen = Pen(self.circuit, self.drawing.signs)
         self.column = self.places.column
         self.by_column = self._by_column()
-        self.members = {name: [n for n in self.drawing.nodes if name in n.plates] for name in self.drawing.plates}
+        self.members: dict[str, list[Node]] = {name: [] for name in self.drawing.plates}
+        for node in self.drawing.nodes:
+            for name in node.plates:
+                self.members[name].append(node)
+        self.reach: dict[str, tuple[int, int]] = {}
         self.sized = self._sized()
+        self.crossing: list[list[Band]] = []  # by row
+        self.standing: list[list[Node]] = []
+        self.inside: dict[tuple[str, int], list[Node]] = {}
+        if sum(self._widths()) <= _LONG * self.limit:
+            self.places.wrap(self.drawing, [(0, self.places.columns - 1)])
 
     def _by_column(self) -> list[list[Node]]:
         standing: list[list[Node]] = [[] for _ in range(self.places.columns)]
@@ -136,6 +149,7 @@ class _Page:
     def draw(self, notes: tuple[str, ...] = ()) -> None:
         """Put the marks on paper, and notes below them."""
         rows = self._rows()
+        self._sort(len(rows))
         y = _MARGIN
         for row in rows:
             low, high = self._extent(row)
@@ -158,7 +172,7 @@ class _Page:
     def long_bands(self) -> list[Band]:
         """Arrays that would run through a whole row, from one before it to one after it."""
         starts = [first for first, _ in self._breaks(self._widths())]
-        row = {column: sum(column >= first for first in starts) for column in range(self.places.columns)}
+        row = [bisect.bisect_right(starts, column) for column in range(self.places.columns)]
         return [b for b in self.drawing.bands if row[self.column[id(b.target)]] - row[self.column[id(b.source)]] > 1]
 
     # columns to rows ----------------------------------------------------------------------------------
@@ -191,7 +205,7 @@ class _Page:
                 gaps[at] = max(gaps[at], text_width(band.source.label, 12, "label") + 14)
         for name, nodes in self.members.items():
             if nodes and self.drawing.plates[name][1] > 1:
-                first, last = self._columns(nodes)
+                first, last = self._reach(name)
                 gaps[last] = max(gaps[last], 42.0)
                 if first:
                     gaps[first - 1] += 28.0
@@ -200,19 +214,29 @@ class _Page:
     def _offset(self, node: Node) -> float:
         """How far right of a node its labels begin: beside a plus sign, or a closing parenthesis."""
         closes = False
-        for name, nodes in self.members.items():
-            if self.drawing.plates[name][1] > 1 and name in node.plates:
-                closes |= self.column[id(node)] == self._columns(nodes)[1]
+        for name in node.plates:
+            if self.drawing.plates[name][1] > 1:
+                closes |= self.column[id(node)] == self._reach(name)[1]
         return 32.0 if closes else 12.0 if node.kind == "merge" else 0.0
+
+    def _reach(self, name: str) -> tuple[int, int]:
+        """First and last column of a plate."""
+        known = self.reach.get(name)
+        if known is None:
+            known = self.reach[name] = self._columns(self.members[name])
+        return known
 
     def _columns(self, nodes: list[Node]) -> tuple[int, int]:
         at = [self.column[id(node)] for node in nodes]
         return min(at), max(at)
 
     def _rows(self) -> list[_Row]:
+        if not self.places.y:
+            self.places.wrap(self.drawing, self._breaks(self._widths()))
         breaks = self._breaks(self._widths())
         if len(breaks) > 1:
             breaks = self._late(breaks)
+            self.reach.clear()
             self.places.wrap(self.drawing, breaks)
             self.by_column = self._by_column()
         wide = self._node_widths()
@@ -227,6 +251,19 @@ class _Page:
                 self.left[column], self.right[column] = x, x + wide[column]
                 x += wide[column] + gaps[column]
         return rows
+
+    def _sort(self, rows: int) -> None:
+        """What each row holds."""
+        row_of = self.places.row_of
+        self.crossing, self.standing, self.inside = [[] for _ in range(rows)], [[] for _ in range(rows)], {}
+        for band in self.drawing.bands:
+            for row in range(row_of[self.column[id(band.source)]], row_of[self.column[id(band.target)]] + 1):
+                self.crossing[row].append(band)
+        for node in self.drawing.nodes:
+            row = row_of[self.column[id(node)]]
+            self.standing[row].append(node)
+            for name in node.plates:
+                self.inside.setdefault((name, row), []).append(node)
 
     def _node_widths(self) -> list[float]:
         return [max((node_width(n, self.places) for n in nodes), default=8.0) for nodes in self.by_column]
@@ -283,7 +320,7 @@ class _Page:
             change[self.column[id(band.target)]] -= max(len(band.tracks), 1)
         for name, nodes in self.members.items():
             if nodes:
-                first, last = self._columns(nodes)
+                first, last = self._reach(name)
                 weight = 9.0 if self.drawing.plates[name][1] > 1 else 3.0
                 change[first] += weight
                 change[last] -= weight
@@ -293,16 +330,17 @@ class _Page:
         """Top and bottom of what is drawn in a row."""
         ys: list[float] = []
         counted = False
-        for key, top in self.places.top.items():
-            if key[1] == row.number and top < self.places.bottom[key]:
-                ys += [top, self.places.bottom[key]]
+        nodes = self.standing[row.number]
+        for name in (*map(id, nodes), *dict.fromkeys(name for node in nodes for name in node.plates)):
+            top, bottom = self.places.top[name, row.number], self.places.bottom[name, row.number]
+            if top < bottom:
+                ys += [top, bottom]
         for column in range(row.first, row.last + 1):
             for node in self.by_column[column]:
                 counted |= node.count > 1 or any(self.drawing.plates[name][1] > 1 for name in node.plates)
-        for band in self.drawing.bands:
-            if self._crosses(band, row):
-                low, high = self._span(band, row)
-                ys += [low - 20, high + 10]
+        for band in self.crossing[row.number]:
+            low, high = self._span(band, row)
+            ys += [low - 20, high + 10]
         return min(ys, default=0.0) - (26 if counted else 0), max(ys, default=20.0) + (10 if counted else 0)
 
     def _span(self, band: Band, row: _Row) -> tuple[float, float]:
@@ -310,17 +348,13 @@ class _Page:
         tracks = self.places.y[id(band), row.number]
         return tracks[0], tracks[-1]
 
-    def _crosses(self, band: Band, row: _Row) -> bool:
-        return self.column[id(band.source)] <= row.last and self.column[id(band.target)] >= row.first
-
     # one row ------------------------------------------------------------------------------------------
 
     def _draw_row(self, row: _Row) -> None:
         for name in self.drawing.plates:
             self._plate(name, row)
-        for band in self.drawing.bands:
-            if self._crosses(band, row):
-                self._band(band, row)
+        for band in self.crossing[row.number]:
+            self._band(band, row)
         for column in range(row.first, row.last + 1):
             for node in self.by_column[column]:
                 draw_node(self.pen, Spot(node, self.left[column], self.right[column], self.places))
@@ -348,9 +382,9 @@ class _Page:
 
     def _tuples(self, row: _Row) -> None:
         """A dashed line between arrays from where both are there to where one operation takes them together."""
-        for node in self.drawing.nodes:
+        for node in self.standing[row.number]:
             end = self.column[id(node)]
-            if not row.first <= end <= row.last or len(node.ins) < 2:
+            if len(node.ins) < 2:
                 continue
             bands = sorted(node.ins, key=lambda b: self._span(b, row)[0])
             for above, below in itertools.pairwise(bands):
@@ -368,8 +402,7 @@ class _Page:
 
     def _box(self, name: str, row: _Row) -> tuple[float, float, float, float] | None:
         """Left, right, top and bottom of what a row holds of a plate."""
-        nodes = self.members[name]
-        inside = [n for n in nodes if row.first <= self.column[id(n)] <= row.last]
+        inside = self.inside.get((name, row.number))
         if not inside:
             return None
         first, last = self._columns(inside)
@@ -382,7 +415,7 @@ class _Page:
     def _room(self, name: str, nodes: list[Node], column: int, counted: float) -> float:
         """Room beside a plate's first or last column for the edges, and parentheses, of the plates within it."""
         inner = {p for n in nodes if self.column[id(n)] == column for p in n.plates[n.plates.index(name) + 1 :]}
-        edges = [p for p in inner if column in self._columns(self.members[p])]
+        edges = [p for p in inner if column in self._reach(p)]
         return sum(counted if self.drawing.plates[p][1] > 1 else 3.0 for p in edges)
 
     def _plate(self, name: str, row: _Row) -> None:
@@ -401,8 +434,9 @@ class _Page:
                                     size=11, anchor="start", fill="ink"))
         if count < 2:
             return
-        first, last = self._columns(nodes)
-        bands = [b for b in self.drawing.bands if self._crosses(b, row) and (b.source in nodes or b.target in nodes)]
+        first, last = self._reach(name)
+        own = set(map(id, nodes))
+        bands = [b for b in self.crossing[row.number] if id(b.source) in own or id(b.target) in own]
         spans = [self._span(b, row) for b in bands]
         low, high = min([top, *(s[0] for s in spans)]) - 4, max([bottom, *(s[1] for s in spans)]) + 8
         parentheses(self.pen, left - 8 if row.first <= first else None, right + 10 if last <= row.last else None,

@@ -61,8 +61,8 @@ def curve(bend: float) -> float:
 
 
 def room(node: Node, places: Places) -> tuple[float, float]:
-    """Room for bends before and after a glyph that is passed over."""
-    if node.kind not in OVER:
+    """Room for bends before and after a glyph that is passed over; none before heights are known."""
+    if node.kind not in OVER or not places.y:
         return 0.0, 0.0
     row = places.row(node)
     before = after = 0.0

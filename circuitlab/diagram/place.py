@@ -52,7 +52,7 @@ class Places:
 
 
 def place(drawing: Drawing) -> Places:
-    """Find columns, order and heights, in one row."""
+    """Find columns and order, in one row; heights are still to be found: `Places.wrap`."""
     apart: list[tuple[Node, Node]] = []
     led = [(node, [band for band in bands if _is_led(band, node)]) for node, bands in drawing.routed]
     drawing.routed = [(node, bands) for node, bands in led if bands]
@@ -74,9 +74,7 @@ def place(drawing: Drawing) -> Places:
     else:
         column = _columns(drawing, apart)
         order = _order(drawing, column)
-    places = Places(column, order, [])
-    places.wrap(drawing, [(0, max(column.values(), default=0))])
-    return places
+    return Places(column, order, [0] * (max(column.values(), default=0) + 1))
 
 
 def _clashes(drawing: Drawing, column: dict[int, int], order: dict[int, float]) -> list[tuple[Node, Node]]:
@@ -106,16 +104,20 @@ def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) ->
     Returns:
         such glyphs, each with the short bands at one side.
     """
+    crossing: list[list[Band]] = [[] for _ in range(max(column.values(), default=0) + 1)]
+    for band in drawing.bands:
+        for gap in range(column[id(band.source)], column[id(band.target)]):
+            crossing[gap].append(band)
 
     def foreign(own: list[Band], first: int, last: int) -> bool:
         """Whether another band lies between some bands all the way from one gap to another."""
-        numbers = [order[id(band)] for band in own]
-        return len(own) > 1 and any(
-            band not in own
-            and column[id(band.source)] <= first
-            and column[id(band.target)] > last
-            and min(numbers) < order[id(band)] < max(numbers)
-            for band in drawing.bands
+        if len(own) < 2 or first < 0:
+            return False
+        numbers, mine = [order[id(band)] for band in own], set(map(id, own))
+        low, high = min(numbers), max(numbers)
+        return any(
+            low < order[id(band)] < high and column[id(band.target)] > last and id(band) not in mine
+            for band in crossing[first]
         )
 
     wanted: list[tuple[Node, str]] = []

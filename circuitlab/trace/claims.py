@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from circuitlab.circuit import PASSING_ROLES, Axis, Circuit, Op
-from circuitlab.trace.events import tensors_in
+from circuitlab.trace.events import mapped, tensors_in
 from circuitlab.trace.permutable import Part, inside, part_products
 
 _SYMMETRIC = PASSING_ROLES | {"contracted", "reduced", "normalised", "created"}
 _ALIKE = _SYMMETRIC | {"joined"}
 _EIGHT_BITS = 0.1
 """The error that rounding to eight bits may make."""
+_MOVING = frozenset({"reindex", "slice", "cat"})
+"""Kinds of op that move numbers whatever they are: the next op with the same claim on the same shapes is as the first."""
 _LARGE = 1 << 22
 """Calls on more numbers than this are not run again for each way to take an axis apart."""
 _ENOUGH = 1 << 16
@@ -63,6 +65,7 @@ class Results:
     untestable: list[Claim] = field(default_factory=list[Claim])
     tolerance: float = 1e-8
     apart: dict[Any, str] = field(default_factory=dict[Any, str])
+    moved: dict[Any, tuple[float | None, str, bool]] = field(default_factory=dict[Any, tuple[float | None, str, bool]])
 
     def add(self, claim: Claim, tolerance: float) -> None:
         """Sort a tested claim by its error."""
@@ -92,15 +95,13 @@ def test_op(
         return
     run = _Runs(circuit, op, func, call, results)
     found.tolerance = max(found.tolerance, run.tolerance)
-    whole = run.case
     for axis in op.axes:
         if axis.role in _SYMMETRIC and axis.ins and circuit.wires[axis.wire].size:
             if axis.role == "reduced" and len(results) > 1:
                 # where the largest was: read by nobody, else the role were "ordered"
                 run.read = 1
-            run.case = run.small(axis, generator)
             _test_axis(run, axis, *_spots(axis), found, generator)
-            run.case, run.read = whole, None
+            run.read = None
     # what nobody reads was not claimed: the last states of a recurrent net
     run.read = 1 + max((n for n, name in enumerate(op.outputs) if name in circuit.consumers or name in circuit.outputs), default=-1)
     for wire, ins, outs in _parts(circuit, op):
@@ -110,25 +111,43 @@ def test_op(
 def _test_axis(
     run: _Runs, axis: Axis, ins: list[Spot], outs: list[Spot], found: Results, generator: torch.Generator
 ) -> None:
+    moving = run.op.kind in _MOVING
+    key = (run.signature, axis.role, run.read, run.places(ins, False), run.places(outs, True)) if moving else None
+    known = found.moved.get(key)
+    if known is None:
+        whole = run.case
+        run.case = whole if axis.role == "joined" else run.small(axis, generator)
+        known = _tried(run, axis, ins, outs, found, generator)
+        run.case = whole
+        if moving:
+            found.moved[key] = known
+    error, why, runs = known
+    claim = Claim(axis.role, run.op.name, axis.wire, run.op.source, error, why.format(wire=axis.wire))
+    if runs:
+        found.add(claim, run.rounding)
+    else:
+        found.untestable.append(claim)
+
+
+def _tried(
+    run: _Runs, axis: Axis, ins: list[Spot], outs: list[Spot], found: Results, generator: torch.Generator
+) -> tuple[float | None, str, bool]:
+    """The error of a claim, what is wrong with it, and whether it could be tested."""
     index, *more = _indices(run.circuit.wires[axis.wire].size, axis.role in PASSING_ROLES, generator)
-    claim: dict[str, Any] = {"kind": axis.role, "subject": run.op.name, "wire": axis.wire, "source": run.op.source}
     if any(spot[0] >= len(run.case.operands) for spot in ins):
-        found.untestable.append(Claim(**claim, why="the weight is packed, and cannot be re-indexed"))
-        return
+        return None, "the weight is packed, and cannot be re-indexed", False
     try:
         error = max(run.error(each, ins, outs) for each in (index, *more))
     except _FAILURES as failure:
-        found.untestable.append(Claim(**claim, why=f"it does not run re-indexed: {failure}"))
-        return
-    why = "" if error <= run.rounding else f"re-indexing {axis.wire} ({axis.role}) changes the result by {error:.2g}"
-    if not why and axis.role != "joined":
-        key = (run.signature, tuple(ins), tuple(outs))
-        if key not in found.apart:  # the next layer's op, of the same shapes, need not be taken apart again
-            found.apart[key] = _taken_apart(run, generator, len(index), ins, outs)
-        apart = found.apart[key]
-        if apart:
-            why, error = apart, None
-    found.add(Claim(**claim, error=error, why=why), run.rounding)
+        return None, f"it does not run re-indexed: {failure}".replace("{", "{{").replace("}", "}}"), False
+    if not error <= run.rounding:
+        return error, f"re-indexing {{wire}} ({axis.role}) changes the result by {error:.2g}", True
+    if axis.role == "joined":
+        return error, "", True
+    key = (run.signature, tuple(ins), tuple(outs))
+    if key not in found.apart:  # the next layer's op, of the same shapes, need not be taken apart again
+        found.apart[key] = _taken_apart(run, generator, len(index), ins, outs)
+    return (None, found.apart[key], True) if found.apart[key] else (error, "", True)
 
 
 _FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
@@ -170,6 +189,8 @@ class _Runs:
         self.tolerance = max((tolerance_of(t.dtype) for t in (*results, *self.case.operands)), default=1e-8)
         self.rounding = _EIGHT_BITS if op.attrs.get("dynamic") else self.tolerance
         self.read: int | None = None
+        self.smaller: dict[tuple[int, ...], _Case] = {}  # numbers of axes -> the call on some entries of those
+        self.held: dict[tuple[int, ...], bool] = {}
 
     def small(self, axis: Axis, generator: torch.Generator) -> _Case:
         """The call on a few entries of its other axes, to test an axis of a large one; the call itself if that is none.
@@ -177,29 +198,42 @@ class _Runs:
         Where the circuit says that an axis is broadcast, some entries of it must give just these entries of the
         results. That is tested here too: where it does not hold, the whole call is what the axis is tested on.
         """
-        small = _Case(self.case.call, self.case.results)
-        others = [other for other in self.op.axes if other is not axis and other.role in PASSING_ROLES and other.ins]
-        for other in sorted(others, key=lambda other: -self.circuit.wires[other.wire].size):
+        small, key = self.case, tuple[int, ...]()
+        for number, other in self.narrowed:
             size, volume = self.circuit.wires[other.wire].size, small.volume
             keep = max(_FEW, size * _ENOUGH // max(volume, 1))
-            if volume <= _ENOUGH or keep >= size:
+            if other is axis or volume <= _ENOUGH or keep >= size:
                 continue
-            index = torch.randperm(size, generator=generator)[:keep].sort()[0]
-            ins, outs = _spots(other)
-            operands = iter(self.reindexed(small.operands, index, ins, False, small))
-            results = self.reindexed(small.results, index, outs, True, small)
-            sizes = small.sizes | {(out, *spot[:3]): keep for out, spots in ((False, ins), (True, outs)) for spot in spots}
-            small = _Case(mapped(small.call, lambda _, operands=operands: next(operands)), results)
-            small.sizes = sizes
-        if not small.sizes:
-            return self.case
-        try:
-            got = self.again(lambda _, tensor: tensor.clone(), small)
-            pairs = list(zip(got, small.results, strict=True))[: self.read]
-            held = all(difference(a, b, small.floor) <= self.tolerance for a, b in pairs)
-        except _FAILURES:
-            return self.case
-        return small if held else self.case
+            key = (*key, number)
+            small = self.smaller.get(key) or self._narrow(small, other, keep, generator)
+            self.smaller[key] = small
+        if key and key not in self.held:
+            try:
+                got = self.again(lambda _, tensor: tensor.clone(), small)
+                pairs = zip(got, small.results, strict=True)
+                self.held[key] = all(difference(a, b, small.floor) <= self.tolerance for a, b in [*pairs][: self.read])
+            except _FAILURES:
+                self.held[key] = False
+        return small if key and self.held[key] else self.case
+
+    def _narrow(self, case: _Case, axis: Axis, keep: int, generator: torch.Generator) -> _Case:
+        """Some entries of one axis, in operands and results."""
+        index = torch.randperm(self.circuit.wires[axis.wire].size, generator=generator, device="cpu")[:keep].sort()[0]
+        ins, outs = _spots(axis)
+        operands = iter(self.reindexed(case.operands, index, ins, False, case))
+        made = _Case(mapped(case.call, lambda _: next(operands)), self.reindexed(case.results, index, outs, True, case))
+        sides = ((False, ins), (True, outs))
+        made.sizes = case.sizes | {(out, *spot[:3]): keep for out, spots in sides for spot in spots}
+        return made
+
+    @functools.cached_property
+    def narrowed(self) -> list[tuple[int, Axis]]:
+        """The axes of which some entries give just these entries of the results, largest first."""
+        found = [
+            (number, axis) for number, axis in enumerate(self.op.axes)
+            if axis.ins and (axis.role in PASSING_ROLES or (axis.role == "created" and self.op.kind == "linear"))
+        ]
+        return sorted(found, key=lambda pair: -self.circuit.wires[pair[1].wire].size)
 
     @functools.cached_property
     def signature(self) -> str:
@@ -228,6 +262,13 @@ class _Runs:
                 product = [case.sizes.get((out, number, dim, f), size) for f, size in enumerate(product)]
             made[number] = reindexed(made[number], dim, product, factor, part, index)
         return made
+
+    def places(self, spots: list[Spot], out: bool) -> tuple[Any, ...]:
+        """Where in the numbers an axis is, by these spots: equal for ops of other names and the same shapes."""
+        names = self.op.outputs if out else self.op.inputs
+        products = [product_of(self.circuit, names[number], dim, part) for number, dim, _, part in spots]
+        sizes = [tuple(self.circuit.wires[name].size for name in product) for product in products]
+        return tuple(zip(spots, sizes, strict=True))
 
     def error(self, index: torch.Tensor, ins: list[Spot], outs: list[Spot], case: _Case | None = None) -> float:
         """How far re-indexed operands are from giving re-indexed results."""
@@ -274,7 +315,7 @@ def _halves(
     count = len(places)
     masks: Iterable[int] = range(1, 1 << (count - 1))
     if count > 8:
-        masks = [1 << n for n in sorted(torch.randperm(count, generator=generator)[:_SPLITS].tolist())]
+        masks = [1 << n for n in sorted(torch.randperm(count, generator=generator, device="cpu")[:_SPLITS].tolist())]
     for mask in masks:
         some = [place for n, place in enumerate(places) if mask >> n & 1]
         rest = [place for n, place in enumerate(places) if not mask >> n & 1]
@@ -375,20 +416,6 @@ def reindexed(
     return wide.reshape(*before, math.prod(wide.shape[dim : dim + len(product)]), *after)
 
 
-def mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, change) for item in value))
-    if type(value) in (tuple, list, torch.Size):
-        return type(value)(mapped(item, change) for item in value)
-    if type(value) is dict:
-        return {key: mapped(item, change) for key, item in value.items()}
-    if type(value) is slice:
-        return slice(*(mapped(item, change) for item in (value.start, value.stop, value.step)))
-    return value
-
-
 def cloned(value: Any) -> Any:
     return mapped(value, lambda tensor: tensor.detach().clone())
 
@@ -402,20 +429,21 @@ def _indices(size: int, any_map: bool, generator: torch.Generator) -> list[torch
     """Re-indexings to try. Of few entries, one may do by chance; a swap and a cycle stand for all permutations."""
     if size > 6:
         return [draw_index(size, any_map, generator)]
-    order = torch.randperm(size, generator=generator)
-    swap, cycle = torch.arange(size), torch.empty(size, dtype=torch.long)
+    order = torch.randperm(size, generator=generator, device="cpu")
+    swap, cycle = torch.arange(size, device="cpu"), torch.empty(size, dtype=torch.long, device="cpu")
     swap[order[:2]] = order[:2].flip(0)
     cycle[order] = order.roll(1)
-    return [swap, cycle, draw_index(size, True, generator)] if any_map else [swap, cycle]
+    found = [swap] if torch.equal(swap, cycle) else [swap, cycle]
+    return [*found, draw_index(size, True, generator)] if any_map else found
 
 
 def draw_index(size: int, any_map: bool, generator: torch.Generator) -> torch.Tensor:
     """A random permutation, or for broadcast axes any map: some entries twice, some dropped."""
-    index = torch.randperm(size, generator=generator)
+    index = torch.randperm(size, generator=generator, device="cpu")
     if any_map:
         index[-1:] = index[:1]
         return index
-    return index if not torch.equal(index, torch.arange(size)) else index.flip(0)
+    return index if not torch.equal(index, torch.arange(size, device="cpu")) else index.flip(0)
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from circuitlab.trace.nest import Building
 from circuitlab.trace.wires import Dim
@@ -141,3 +143,18 @@ def tensors_in(value: Any, kind: type[Any], path: str = "", depth: int = 0) -> I
     elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
         for key, item in vars(value).items():
             yield from tensors_in(item, kind, f"{path}.{key}" if path else key, depth + 1)
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """The same structure of tuples, lists, dicts and slices, with each tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
+    if type(value) in (tuple, list, torch.Size):
+        return type(value)(mapped(item, change) for item in value)
+    if type(value) is dict:
+        return {key: mapped(item, change) for key, item in value.items()}
+    if type(value) is slice:
+        return slice(*(mapped(item, change) for item in (value.start, value.stop, value.step)))
+    return value

@@ -17,7 +17,7 @@ import re
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, cast
 
@@ -179,6 +179,16 @@ def _eager(model: torch.nn.Module) -> torch.nn.Module:
         if inner is not None and "forward" in vars(module):
             module.__dict__["forward"] = inner.__call__
     return model
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device of a module's first parameter or buffer; the CPU if it has none."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def with_numbers(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """New tensors are made on the module's device if the caller's default is meta, where there are no numbers."""
+    return device_of(model) if torch.get_default_device().type == "meta" else nullcontext()
 
 
 @contextmanager

@@ -52,12 +52,12 @@ def check(circuit: Circuit, within: Mapping[str, tuple[str, ...]], name: str, gi
         raise unknown("permutable wire", name, [w.name for w in circuit.wires.values() if w.permutable])
     if not wire.permutable:
         raise InputError(f"the wire {name!r} is not permutable: {wire.why}")
-    index = torch.as_tensor(given)
+    index = torch.as_tensor(given, device=None if isinstance(given, torch.Tensor) else "cpu")
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise InputError(f"a permutation of the wire {name!r} holds integers, and {index.dtype} was given")
     index = index.long().cpu()
     outer = tuple(circuit.wires[other].size for other in within.get(name, ()))
-    ordered = torch.arange(wire.size).expand(index.shape[:-1] + (wire.size,))
+    ordered = torch.arange(wire.size, device="cpu").expand(index.shape[:-1] + (wire.size,))
     if index.shape not in ((wire.size,), (*outer, wire.size)) or not torch.equal(index.sort(-1)[0], ordered):
         shapes = f"[{wire.size}]" + (f" or {[*outer, wire.size]}" if outer else "")
         raise InputError(f"the wire {name!r} has {wire.size} entries; a permutation of 0..{wire.size - 1} is needed, of "

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from circuitlab.trace import rules
-from circuitlab.trace.claims import cloned, difference, draw_index, mapped
-from circuitlab.trace.events import Event, tensors_in
+from circuitlab.trace.claims import cloned, difference, draw_index
+from circuitlab.trace.events import Event, mapped, tensors_in
 from circuitlab.trace.transforms import Mapped
 from circuitlab.trace.watch import Recorder
 

@@ -15,7 +15,7 @@ from circuitlab.errors import InputError, TraceError
 from circuitlab.trace import nest, rules, transforms
 from circuitlab.trace.build import build
 from circuitlab.trace.events import tensors_in
-from circuitlab.trace.guard import copy_model, forget, no_collection, random_state
+from circuitlab.trace.guard import copy_model, device_of, forget, no_collection, random_state, with_numbers
 from circuitlab.trace.watch import LARGE, Recorder
 
 
@@ -211,7 +211,6 @@ def record(
     Returns:
         the recorder, and the module's output.
     """
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     copied, (args, kwargs), originals = copy_model(model, (args, kwargs), meta=meta, convert=convert)
     if prepare is not None:
         prepare(copied)
@@ -228,7 +227,7 @@ def record(
         if isinstance(value, torch.ScriptObject)
     }
     real = {key: t for key, t in originals.items() if not t.is_meta and t.numel() <= LARGE and t.device.type == "cpu"}
-    recorder = (recorder_class or Recorder)(copied, meta=meta, device=device, constants=constants, real=real)
+    recorder = (recorder_class or Recorder)(copied, meta=meta, device=device_of(model), constants=constants, real=real)
     for name, tensor in named_inputs(forward_of(copied), args, kwargs):
         recorder.recording.inputs.append(recorder.add(tensor, recorder._name(name), "input"))
     hooks = (
@@ -236,7 +235,7 @@ def record(
         torch.nn.modules.module.register_module_forward_hook(recorder.module_ends, always_call=True),
     )
     try:
-        with random_state(), transforms.announced(), warnings.catch_warnings(), torch.no_grad(), recorder:
+        with random_state(), transforms.announced(), warnings.catch_warnings(), torch.no_grad(), with_numbers(model), recorder:
             # the hooks are ours, and gone after the run
             warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
             output = copied(*args, **kwargs)

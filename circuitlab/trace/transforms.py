@@ -20,8 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from circuitlab.trace import rules
-from circuitlab.trace.claims import mapped
-from circuitlab.trace.events import Event, Operand, Value, tensors_in
+from circuitlab.trace.events import Event, Operand, Value, mapped, tensors_in
 
 if TYPE_CHECKING:
     from circuitlab.trace.watch import Entry, Recorder

@@ -28,10 +28,10 @@ from circuitlab.trace.claims import (
 )
 from circuitlab.trace.compile import to_torch
 from circuitlab.trace.events import Event, tensors_in
-from circuitlab.trace.guard import copy_model, doubled, own, random_state
+from circuitlab.trace.guard import copy_model, doubled, own, random_state, with_numbers
 from circuitlab.trace.permutable import nesting
 from circuitlab.trace.permute import draw, move
-from circuitlab.trace.record import RunError, record
+from circuitlab.trace.record import RunError, forward_of, named_inputs, record
 from circuitlab.trace.rules import pointwise
 from circuitlab.trace.watch import Recorder
 
@@ -88,7 +88,11 @@ def verify(circuit: Circuit, model: torch.nn.Module, *args: Any, seed: int = 0, 
     if any(tensor.is_meta for name, tensor in state if name in used):
         raise VerificationError("the module is on the meta device, where there are no numbers to test with; give it "
                                 "weights, e.g. model.to_empty(device='cpu'), and verify again")
-    with random_state():
+    empty = [name for name, tensor in named_inputs(forward_of(model), args, kwargs) if tensor.is_meta]
+    if empty:
+        raise VerificationError(f"the input {empty[0]!r} is on the meta device, where there are no numbers to test with; give "
+                                "inputs with values, e.g. torch.rand_like(input, device='cpu')")
+    with random_state(), with_numbers(model):
         generator = torch.Generator().manual_seed(seed)
         tester, output, double = _watched(circuit, model, args, kwargs, generator)
         _permutations(circuit, model, args, kwargs, tester, output, double)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,39 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from circuitlab.trace import compose, nest, packed, rules, transforms
 from circuitlab.trace.calls import writes
-from circuitlab.trace.events import Event, Operand, Packed, Recording, Value, tensors_in
+from circuitlab.trace.events import Event, Operand, Packed, Recording, Value, mapped, tensors_in
+from circuitlab.trace.functions import BY_SHAPE, FACTORIES, KEEPS_PLACE, LEAVING, VIEWS, plan_of
 from circuitlab.trace.guard import to_meta
 from circuitlab.trace.shapes import quick
 
-_FACTORIES = frozenset(
-    "zeros ones full empty arange range linspace logspace eye rand randn randint randperm tensor as_tensor "
-    "scalar_tensor tril_indices triu_indices hann_window hamming_window bartlett_window blackman_window kaiser_window "
-    "empty_strided new_tensor new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like "
-    "rand_like randn_like randint_like normal complex sparse_coo_tensor".split()
-)
-_VIEWS = frozenset(
-    "view reshape flatten unflatten transpose permute getitem select narrow split chunk unbind diagonal expand "
-    "squeeze unsqueeze detach data real imag view_as_real view_as_complex unfold T mT H mH contiguous to float double "
-    "half bfloat16 int long bool type alias swapaxes swapdims movedim moveaxis t as_strided ravel adjoint broadcast_to "
-    "expand_as view_as reshape_as tensor_split hsplit vsplit dsplit positive split_with_sizes unsafe_split "
-    "unsafe_chunk atleast_1d atleast_2d atleast_3d broadcast_tensors squeeze_ unsqueeze_ transpose_ t_ swapaxes_ "
-    "detach_ type_as cpu cuda requires_grad_ conj pixel_shuffle".split()
-)
-_BY_SHAPE = {
-    "view_as": (torch.Tensor.view, lambda other: tuple(other.shape)),
-    "reshape_as": (torch.Tensor.reshape, lambda other: tuple(other.shape)),
-    "expand_as": (torch.Tensor.expand, lambda other: tuple(other.shape)),
-    "type_as": (torch.Tensor.to, lambda other: other.dtype),
-}
-"""Functions whose other operand gives its shape or type and nothing else -> what they are without it."""
-
 LARGE = 1 << 20
 """Numbers of more entries than this are not computed in a meta run."""
-_LEAVING = frozenset("item tolist bool float int index complex numpy array equal allclose is_nonzero".split())
-"""Functions that give numbers to Python, where we cannot follow them."""
-
 _PLAIN = getattr(torch.Tensor, "__torch_dispatch__", None)
-_KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
 
 
 @functools.cache
@@ -255,14 +229,11 @@ class Recorder(TorchFunctionMode):
             if func.__name__ in compose.REPLACEMENTS:
                 return self._composite(func.__name__, compose.REPLACEMENTS[func.__name__], args, kwargs)
             return transforms.left(self, args) if func.__name__ == transforms.LEAVES else transforms.box(self, func, args, kwargs)
-        plan = _plans.get(func)
-        if plan is None:
-            plan = _plans[func] = _plan(func)
-        name, rule, replacement = plan
+        name, rule, replacement = plan_of(func)
         if name == "to" and len(args) == 2 and isinstance(args[1], torch.Tensor):
             name = "type_as"
-        if name in _BY_SHAPE:  # the other operand gives its shape or type and nothing else
-            function, needed = _BY_SHAPE[name]
+        if name in BY_SHAPE:  # the other operand gives its shape or type and nothing else
+            function, needed = BY_SHAPE[name]
             other = (args[1:] or (*kwargs.values(),))[0]
             return self.__torch_function__(function, types, (args[0], needed(other)))
         if name == "as_strided" and args:  # of memory: the axes in the order in which they lie there
@@ -294,19 +265,19 @@ class Recorder(TorchFunctionMode):
         if name == "setitem":
             result = args[0]
         elif result is None or isinstance(result, (int, float, bool, str, torch.Size, torch.dtype, torch.device)):
-            if name in _LEAVING and not all(operand.value.static for operand in operands):
+            if name in LEAVING and not all(operand.value.static for operand in operands):
                 self._left(name, template, operands, result)
             return result
         plain = isinstance(result, torch.Tensor)
         tensors = [result] if plain else [tensor for _, tensor in tensors_in(result, torch.Tensor)]
         if not tensors:
-            if name in _LEAVING and not all(operand.value.static for operand in operands):
+            if name in LEAVING and not all(operand.value.static for operand in operands):
                 self._left(name, template, operands, result)
             return result
         if self.meta and not all(tensor.is_meta for tensor in tensors):
-            result = _map(result, self._twin)
+            result = mapped(result, self._twin)
             tensors = [tensor for _, tensor in tensors_in(result, torch.Tensor)]
-        if name in _KEEPS_PLACE:
+        if name in KEEPS_PLACE:
             return result
         event = self._record(func, name, rule, template, named, operands, args, kwargs, tensors)
         event.packed = not plain and name != "setitem"
@@ -351,13 +322,13 @@ class Recorder(TorchFunctionMode):
             if known is not None and known.ref() is tensor:
                 known.value = out
                 known.real = None
-                wrote = tensor is first and name not in _VIEWS and (rules.in_place(name) or writes(func, args, kwargs))
+                wrote = tensor is first and name not in VIEWS and (rules.in_place(name) or writes(func, args, kwargs))
                 if kwargs.get("out") is not None or wrote:
                     self._written(known, block)
                 continue
             entry = self._bind(tensor, out)
             entry.levels = event.levels[number] if event.levels else ()
-            if first is not None and name in _VIEWS and _same_memory(tensor, first):
+            if first is not None and name in VIEWS and _same_memory(tensor, first):
                 entry.parent = self.entries.get(id(first))
                 entry.view = event
                 entry.number = number
@@ -411,9 +382,9 @@ class Recorder(TorchFunctionMode):
 
     def _metaise(self, name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if any(isinstance(a, torch.Tensor) and not a.is_meta or isinstance(a, (tuple, list)) for a in args) or kwargs:
-            args = tuple(_map(a, self._twin) for a in args)
-            kwargs = {key: _map(item, self._twin) for key, item in kwargs.items()}
-        if name in _FACTORIES or (kwargs and kwargs.get("device") is not None):
+            args = tuple(mapped(a, self._twin) for a in args)
+            kwargs = {key: mapped(item, self._twin) for key, item in kwargs.items()}
+        if name in FACTORIES or (kwargs and kwargs.get("device") is not None):
             kwargs = {**kwargs, "device": "meta"}
         elif name == "to":
             args = tuple("meta" if isinstance(a, torch.device) or _is_device(a) else a for a in args)
@@ -441,7 +412,7 @@ class Recorder(TorchFunctionMode):
             real = func(*numbers[0], **numbers[1])
         except (RuntimeError, NotImplementedError):
             real = func(*numbers[0], **numbers[1])
-            result = _map(real, to_meta)
+            result = mapped(real, to_meta)
         if name == "setitem":
             return None, [numbers[0][0]]
         return result, [tensor for _, tensor in tensors_in(real, torch.Tensor)]
@@ -457,7 +428,7 @@ class Recorder(TorchFunctionMode):
             tensors += 1
             if self._known(tensor) is None:
                 return None
-        if not tensors and (name not in _FACTORIES or name.startswith(("rand", "normal", "empty"))):
+        if not tensors and (name not in FACTORIES or name.startswith(("rand", "normal", "empty"))):
             return None
 
         def number(tensor: torch.Tensor) -> torch.Tensor:
@@ -465,7 +436,7 @@ class Recorder(TorchFunctionMode):
             assert known is not None
             return known.clone() if writes and tensor is args[0] else known
 
-        numbers = _map(tuple(args), number), _map(dict(kwargs), number)
+        numbers = mapped(tuple(args), number), mapped(dict(kwargs), number)
         if numbers[1].get("device") is not None:
             numbers[1]["device"] = "cpu"
         if name == "to":
@@ -536,36 +507,6 @@ class Recorder(TorchFunctionMode):
             self.nest.leave()
 
 
-_plans: dict[Any, tuple[str, Any, Callable[..., Any] | None]] = {}
-
-
-def _plan(func: Any) -> tuple[str, Any, Callable[..., Any] | None]:
-    """Name, rule, and for composites the function to run in its place."""
-    name = rules.name_of(func)
-    replacement = compose.REPLACEMENTS.get(name) or compose.before_relu(func, name)
-    if replacement is not None:
-        return name, None, replacement
-    rule = rules.lookup(func, name)
-    if rule is rules.opaque and func is not torch.autograd.grad:  # of which the body says nothing
-        entered = _entered(func)
-        if entered is not None:
-            return name, None, entered
-    return name, rule, None
-
-
-def _entered(func: Any) -> Callable[..., Any] | None:
-    """A composite torch function whose body runs instead of asking the mode again; None where there is no body."""
-    if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch"):
-        return None
-    checks = [n for n in func.__code__.co_names if n.startswith("has_torch_function")]
-    if not checks or any(check not in func.__globals__ for check in checks):
-        return None
-    names = {**func.__globals__, **{check: lambda *_: False for check in checks}}
-    made = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
-    made.__kwdefaults__ = func.__kwdefaults__
-    return made
-
-
 def _has_array(value: Any) -> bool:
     """Whether a NumPy array is among arguments: nobody knows what it was computed from."""
     if isinstance(value, (tuple, list)):
@@ -583,18 +524,6 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _is_device(value: Any) -> bool:
     return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "mps", "xpu", "meta")
-
-
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, change) for item in value))
-    if type(value) in (tuple, list):
-        return type(value)(_map(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _map(item, change) for key, item in value.items()}
-    return value
 
 
 def _swap(value: Any, swap: dict[int, Operand]) -> Any:
