@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import circuitlab as cl
 from circuitlab.gallery.llama import Llama
-from tests.bench import modularity
+from tests.bench import modularity, neurons
 from tests.bench.browser import frames
 from tests.ui.conftest import FLAGS
 
@@ -132,8 +132,13 @@ def frame_times():
         f"{found['pan']:.0f} / {found['zoom']:.0f} ms", "smooth")
 
 
+def observed_neurons():
+    for run in neurons.ALL:
+        run(best, row)
+
+
 if __name__ == "__main__":
-    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules):
+    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules, observed_neurons):
         run()
     if "--write" in sys.argv:
         lines = ["# Benchmarks", "", "Written by `make bench ARGS=--write`; each is a ratio or a bound within one run.", "",
