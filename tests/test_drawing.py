@@ -122,6 +122,7 @@ def test_wires_pass_straight_over_blocks():
     circuit = cl.trace(Joins(), torch.randn(3, 4), torch.randn(3, 6))
     drawing = drawing_of(circuit, depth=1)
     places = place(drawing)
+    places.wrap(drawing, [(0, places.columns - 1)])
     met = [wire for node in drawing.nodes if node.kind in OVER for wire in crossings(node, places)]
     assert any(len(wire.ins) == 2 for wire in met)
     assert look(draw(circuit)).ok
