@@ -10,6 +10,7 @@ from torch import nn
 
 import circuitlab as cl
 from circuitlab import plots
+from circuitlab.plots import modules
 from circuitlab.analysis.activity import timeline, top_positions
 from circuitlab.widgets.lab import Lab
 from tests.test_neurons import Tokens
@@ -37,7 +38,7 @@ def test_a_large_matrix_is_averaged_on_the_way():
 def test_a_sorted_large_matrix_is_what_sorting_it_whole_gives():
     rng = np.random.default_rng(0)
     matrix, order = rng.random((120, 120)), rng.permutation(120)
-    assert np.allclose(plots._gathered(matrix, order, 40), plots.aggregated(matrix[np.ix_(order, order)], 40)[0])
+    assert np.allclose(modules._gathered(matrix, order, 40), plots.aggregated(matrix[np.ix_(order, order)], 40)[0])
 
 
 def test_a_hierarchy_is_sorted_by_its_leaves_and_cut_by_a_slider():

@@ -1,58 +1,15 @@
-"""Results as plotly figures. Each takes a result and gives a ``plotly.graph_objects.Figure``.
-
-Backgrounds are transparent and lines are a grey that reads on white and on black, so that a figure follows the notebook's
-theme. Matrices are averaged down to at most `PIXELS` cells a side before they go to the browser.
-"""
+"""Figures of neurons and their modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-PIXELS = 1000
-"""Cells a side of a drawn matrix, at most."""
-_INK, _QUIET, _GRID = "#7f868f", "#9aa0a8", "rgba(127,134,143,0.25)"
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#997700", "#44aa99", "#777777")
-"""Paul Tol's bright scheme and four more: told apart by colour-blind readers."""
-_HEAT = "Viridis"
-
-
-def colour(number: int) -> str:
-    """The colour of a module, everywhere."""
-    return _COLOURS[number % len(_COLOURS)]
-
-
-def _styled(figure: go.Figure, title: str, *, height: int = 380, **layout: Any) -> go.Figure:
-    figure.update_layout(
-        title={"text": title, "font": {"size": 15}, "x": 0.02}, height=height, margin={"l": 60, "r": 20, "t": 56, "b": 50},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": _INK, "size": 12},
-        legend={"bgcolor": "rgba(0,0,0,0)"}, **layout,
-    )
-    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_QUIET)
-    figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_QUIET)
-    return figure
-
-
-def _array(values: Any) -> np.ndarray[Any, Any]:
-    """NumPy's view of an array or a tensor on any device."""
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-
-
-def aggregated(matrix: Any, pixels: int = PIXELS) -> tuple[np.ndarray[Any, Any], int]:
-    """A matrix averaged over squares, so that it has at most ``pixels`` rows and columns; and the side of the squares."""
-    whole = _array(matrix)
-    side = max(1, -(-max(whole.shape) // pixels))
-    if side == 1:
-        return whole.astype(np.float64), 1
-    starts = [np.arange(0, size, side) for size in whole.shape]
-    sums = np.add.reduceat(np.add.reduceat(whole, starts[0], axis=0, dtype=np.float64), starts[1], axis=1)
-    rows, columns = (np.diff(np.append(start, size)).astype(np.float64) for start, size in zip(starts, whole.shape, strict=True))
-    return sums / (rows[:, None] * columns), side
-
+from circuitlab.plots.style import HEAT, INK, PIXELS, QUIET, aggregated, array, colour, faded, styled
 
 # neurons ----------------------------------------------------------------------------------------------
 
@@ -69,7 +26,7 @@ def neurons(stats: Any, *, labels: bool = True) -> go.Figure:
         rows=1, cols=3 if by_label else 2, horizontal_spacing=0.09,
         subplot_titles=["how often neurons fire", "firing and what is written", "firing on each label"][: 3 if by_label else 2],
     )
-    frequency, magnitude = _array(stats.frequency), _array(stats.magnitude)
+    frequency, magnitude = array(stats.frequency), array(stats.magnitude)
     rank = np.argsort(-frequency, kind="stable")
     figure.add_trace(go.Scatter(x=np.arange(len(rank)), y=frequency[rank], customdata=rank, mode="lines", line={"color": colour(0)},
                                 hovertemplate="neuron %{customdata}<br>fires at %{y:.2%}<extra></extra>"), 1, 1)
@@ -81,18 +38,18 @@ def neurons(stats: Any, *, labels: bool = True) -> go.Figure:
     figure.update_xaxes(title_text="share of positions", tickformat=".0%", rangemode="tozero", row=1, col=2)
     figure.update_yaxes(title_text="E|h|·‖V‖", rangemode="tozero", row=1, col=2)
     if by_label:
-        share = _array(stats.label_firing) / np.maximum(_array(stats.label_n), 1)[:, None]
+        share = array(stats.label_firing) / np.maximum(array(stats.label_n), 1)[:, None]
         order = np.lexsort((-share.max(0), share.argmax(0)))
         shown, side = aggregated(np.repeat(share[:, order], 1, axis=0), PIXELS)
         if side > 1:  # only neurons are averaged, never labels
             starts = np.arange(0, share.shape[1], side)
             shown = np.add.reduceat(share[:, order], starts, axis=1) / np.diff(np.append(starts, share.shape[1]))
-        figure.add_trace(go.Heatmap(z=shown, y=list(stats.label_names), x=np.arange(0, share.shape[1], side), colorscale=_HEAT,
+        figure.add_trace(go.Heatmap(z=shown, y=list(stats.label_names), x=np.arange(0, share.shape[1], side), colorscale=HEAT,
                                     colorbar={"tickformat": ".0%", "thickness": 10},
                                     hovertemplate="%{y}: fires at %{z:.1%}<extra></extra>"), 1, 3)
         figure.update_xaxes(title_text="neurons, by their label", row=1, col=3)
     figure.update_layout(showlegend=False)
-    return _styled(figure, f"{stats.wire}: {stats.ffn.size} neurons over {stats.n:,} positions, firing means |h| > {stats.threshold:g}")
+    return styled(figure, f"{stats.wire}: {stats.ffn.size} neurons over {stats.n:,} positions, firing means |h| > {stats.threshold:g}")
 
 
 # partitions -------------------------------------------------------------------------------------------
@@ -107,7 +64,7 @@ def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Fi
             with a hierarchy, a slider cuts its dendrogram.
         pixels: cells a side, at most.
     """
-    sizes = np.bincount(_array(part.labels), minlength=part.k)
+    sizes = np.bincount(array(part.labels), minlength=part.k)
     if affinity is None:
         figure = make_subplots(rows=1, cols=2, subplot_titles=["modules", "score against its null"], column_widths=[0.5, 0.5])
         figure.add_trace(go.Bar(x=np.arange(part.k), y=sizes, marker_color=[colour(m) for m in range(part.k)],
@@ -116,13 +73,13 @@ def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Fi
         figure.update_yaxes(title_text="neurons", row=1, col=1)
         _null(figure, part, 1, 2)
         figure.update_layout(showlegend=False)
-        return _styled(figure, _verdict(part))
+        return styled(figure, _verdict(part))
     tree = part.dendrogram is not None and part.k > 1
     figure = make_subplots(rows=1, cols=3 if tree else 2, column_widths=[0.12, 0.58, 0.3] if tree else [0.66, 0.34], horizontal_spacing=0.1,
                            shared_yaxes=False, subplot_titles=[*(["dendrogram"] if tree else []), "sorted by module", "score against its null"])
-    matrix = _array(affinity.todense() if hasattr(affinity, "todense") else affinity)
+    matrix = array(affinity.todense() if hasattr(affinity, "todense") else affinity)
     at = 2 if tree else 1
-    labels = _array(part.labels)
+    labels = array(part.labels)
     leaves = _leaves(figure, part.dendrogram, sizes) if tree else list(range(part.k))
     order = np.argsort(np.argsort(leaves)[labels], kind="stable")
     figure.add_trace(_sorted(matrix, order, pixels), 1, at)
@@ -133,7 +90,7 @@ def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Fi
     if tree:
         figure.update_yaxes(range=[len(labels), 0], showticklabels=False, showgrid=False, row=1, col=1)
         cuts = [k for k in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64) if k < part.k] + [part.k]
-        edges = [_edges(_array(part.cut(k))[order], axis) for k in cuts]
+        edges = [_edges(array(part.cut(k))[order], axis) for k in cuts]
         shown = cuts.index(max((k for k in part.levels if k in cuts), default=part.k))
         figure.update_layout(shapes=[*_lines(figure), *edges[shown]], sliders=[{
             "active": shown, "currentvalue": {"prefix": "groups: "}, "pad": {"t": 36}, "x": 0.1, "len": 0.55,
@@ -143,7 +100,7 @@ def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Fi
     else:
         figure.update_layout(shapes=[*_lines(figure), *_edges(labels[order], axis)])
     figure.update_layout(showlegend=False)
-    return _styled(figure, _verdict(part), height=620 if tree else 540)
+    return styled(figure, _verdict(part), height=620 if tree else 540)
 
 
 def _lines(figure: go.Figure) -> list[Any]:
@@ -155,13 +112,13 @@ def _leaves(figure: go.Figure, tree: Any, sizes: np.ndarray[Any, Any]) -> list[i
     """Draw a dendrogram beside the neurons of its modules; the modules in the order of its leaves."""
     from scipy.cluster.hierarchy import dendrogram
 
-    drawn = dendrogram(_array(tree), no_plot=True)
+    drawn = dendrogram(array(tree), no_plot=True)
     leaves = list(drawn["leaves"])
     ends = np.cumsum(sizes[leaves])
     middles = ends - sizes[leaves] / 2
     for places, heights in zip(drawn["icoord"], drawn["dcoord"], strict=True):
         y = np.interp((np.array(places) - 5) / 10, np.arange(len(leaves)), middles)
-        figure.add_trace(go.Scatter(x=-np.array(heights), y=y, mode="lines", line={"color": _INK, "width": 1}, hoverinfo="skip"), 1, 1)
+        figure.add_trace(go.Scatter(x=-np.array(heights), y=y, mode="lines", line={"color": INK, "width": 1}, hoverinfo="skip"), 1, 1)
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, row=1, col=1)
     return leaves
 
@@ -172,7 +129,7 @@ def _sorted(matrix: np.ndarray[Any, Any], order: np.ndarray[Any, Any], pixels: i
     step = len(order) / len(shown)
     at = (np.arange(len(shown)) + 0.5) * step
     top = float(np.quantile(shown[~np.eye(len(shown), dtype=bool)], 0.995)) if len(shown) > 1 else 1.0
-    return go.Heatmap(z=shown, x=at, y=at, colorscale=_HEAT, zmin=min(0.0, float(shown.min())), zmax=max(top, 1e-12),
+    return go.Heatmap(z=shown, x=at, y=at, colorscale=HEAT, zmin=min(0.0, float(shown.min())), zmax=max(top, 1e-12),
                       showscale=False, hovertemplate="%{z:.3g}<extra></extra>")
 
 
@@ -195,8 +152,8 @@ def _edges(labels: np.ndarray[Any, Any], axis: str) -> list[dict[str, Any]]:
 
 def _null(figure: go.Figure, part: Any, row: int, col: int) -> None:
     """The score of a partition, and those of its shuffled controls."""
-    null = _array(part.null)
-    figure.add_trace(go.Histogram(x=null, marker_color=_QUIET, nbinsx=24, hovertemplate="%{x}: %{y} controls<extra></extra>"), row, col)
+    null = array(part.null)
+    figure.add_trace(go.Histogram(x=null, marker_color=QUIET, nbinsx=24, hovertemplate="%{x}: %{y} controls<extra></extra>"), row, col)
     score = float(part.tested)
     text = f"p = {part.pvalue:.2g}" if len(null) else "no controls"
     figure.add_vline(x=score, line={"color": colour(1), "width": 3}, row=row, col=col,  # type: ignore[arg-type]
@@ -225,10 +182,10 @@ def expert_curve(curve: Any) -> go.Figure:
             line={"color": colour(ways.index(way)), "dash": "solid" if given else "dash"}, opacity=1 if given else 0.7,
             hovertemplate=f"{way}, {part} partition<br>%{{x:.0%}} of experts: %{{y:.4g}}<extra></extra>",
         ))
-    figure.add_hline(y=curve.dense, line={"color": _QUIET, "dash": "dot"}, annotation={"text": "dense", "font": {"color": _QUIET}})
+    figure.add_hline(y=curve.dense, line={"color": QUIET, "dash": "dot"}, annotation={"text": "dense", "font": {"color": QUIET}})
     figure.update_xaxes(title_text="share of experts", tickformat=".0%", range=[0, 1.03])
     figure.update_yaxes(title_text="loss")
-    return _styled(figure, f"loss against experts, {len(curve.wires)} {'wire' if len(curve.wires) == 1 else 'wires'} cut at once", height=420)
+    return styled(figure, f"loss against experts, {len(curve.wires)} {'wire' if len(curve.wires) == 1 else 'wires'} cut at once", height=420)
 
 
 def timeline(found: Any) -> go.Figure:
@@ -237,13 +194,13 @@ def timeline(found: Any) -> go.Figure:
     figure = make_subplots(rows=len(wires), cols=1, shared_xaxes=True, subplot_titles=wires, vertical_spacing=0.12 / len(wires))
     positions = np.arange(len(found.tokens))
     for row, wire in enumerate(wires, 1):
-        figure.add_trace(go.Heatmap(z=_array(found.shares[wire]), x=positions, colorscale=_HEAT, zmin=0, coloraxis="coloraxis",
+        figure.add_trace(go.Heatmap(z=array(found.shares[wire]), x=positions, colorscale=HEAT, zmin=0, coloraxis="coloraxis",
                                     customdata=np.broadcast_to(np.array(found.tokens, dtype=object), found.shares[wire].shape),
                                     hovertemplate="%{customdata}<br>module %{y}: %{z:.1%}<extra></extra>"), row, 1)
         figure.update_yaxes(title_text="module", dtick=1, autorange="reversed", row=row, col=1)
     figure.update_xaxes(tickmode="array", tickvals=positions, ticktext=list(found.tokens), tickangle=-60, row=len(wires), col=1)
-    figure.update_layout(coloraxis={"colorscale": _HEAT, "colorbar": {"tickformat": ".0%", "thickness": 10}, "cmin": 0})
-    return _styled(figure, "modules along the tokens", height=150 + 150 * len(wires))
+    figure.update_layout(coloraxis={"colorscale": HEAT, "colorbar": {"tickformat": ".0%", "thickness": 10}, "cmin": 0})
+    return styled(figure, "modules along the tokens", height=150 + 150 * len(wires))
 
 
 # between partitions -----------------------------------------------------------------------------------
@@ -257,18 +214,18 @@ def flows(tables: Sequence[Any], names: Sequence[str], *, title: str = "") -> go
         names: of the columns: layers, or checkpoints.
         title: of the figure.
     """
-    sizes = [_array(tables[0]).shape[0], *(_array(table).shape[1] for table in tables)]
+    sizes = [array(tables[0]).shape[0], *(array(table).shape[1] for table in tables)]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     source: list[int] = []
     target: list[int] = []
     value: list[float] = []
     tint: list[str] = []
-    for at, table in enumerate(map(_array, tables)):
+    for at, table in enumerate(map(array, tables)):
         for a, b in np.argwhere(table > 0).tolist():
             source.append(int(starts[at] + a))
             target.append(int(starts[at + 1] + b))
             value.append(float(table[a, b]))
-            tint.append(_faded(colour(a)))
+            tint.append(faded(colour(a)))
     total = len(sizes)
     figure = go.Figure(go.Sankey(
         arrangement="snap",
@@ -281,37 +238,4 @@ def flows(tables: Sequence[Any], names: Sequence[str], *, title: str = "") -> go
     ))
     for at, name in enumerate(names):
         figure.add_annotation(x=at / max(total - 1, 1), y=1.08, text=name, showarrow=False, xref="paper", yref="paper")
-    return _styled(figure, title, height=460)
-
-
-def _faded(hexadecimal: str) -> str:
-    red, green, blue = (int(hexadecimal[at : at + 2], 16) for at in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.4)"
-
-
-def matrix(values: Any, rows: Iterable[str], columns: Iterable[str], *, title: str, row_title: str, column_title: str, diverging: bool = False) -> go.Figure:
-    """A small matrix with its numbers written in: pruning, coupling, agreement.
-
-    Args:
-        values: (rows, columns).
-        rows, columns: their names.
-        title, row_title, column_title: what is shown.
-        diverging: colours that turn at zero.
-    """
-    shown = _array(values)
-    most = float(np.abs(shown[np.isfinite(shown)]).max()) if np.isfinite(shown).any() else 1.0
-    figure = go.Figure(go.Heatmap(
-        z=shown, x=list(columns), y=list(rows), colorscale="RdBu_r" if diverging else _HEAT, texttemplate="%{z:.3g}" if shown.size <= 400 else None,
-        zmin=-most if diverging else None, zmax=most if diverging else None, colorbar={"thickness": 10},
-        hovertemplate="%{y} → %{x}: %{z:.4g}<extra></extra>",
-    ))
-    figure.update_yaxes(title_text=row_title, autorange="reversed", type="category")
-    figure.update_xaxes(title_text=column_title, type="category")
-    return _styled(figure, title, height=max(320, 60 + 34 * shown.shape[0]))
-
-
-def bars(values: Mapping[str, float], *, title: str, axis: str) -> go.Figure:
-    """Named numbers as bars."""
-    figure = go.Figure(go.Bar(x=list(values), y=list(values.values()), marker_color=colour(0)))
-    figure.update_yaxes(title_text=axis)
-    return _styled(figure, title)
+    return styled(figure, title, height=460)

@@ -1,0 +1,11 @@
+"""Results as plotly figures. Each function takes a result and gives a ``plotly.graph_objects.Figure``.
+
+Backgrounds are transparent and lines are a grey that reads on white and on black, so that a figure follows the notebook's
+theme. Matrices are averaged down to at most `PIXELS` cells a side before they go to the browser.
+"""
+
+from circuitlab.plots.charts import bars, matrix
+from circuitlab.plots.modules import expert_curve, flows, neurons, partition, timeline
+from circuitlab.plots.style import PIXELS, aggregated, colour
+
+__all__ = ["PIXELS", "aggregated", "bars", "colour", "expert_curve", "flows", "matrix", "neurons", "partition", "timeline"]
