@@ -72,6 +72,16 @@ def test_every_result_has_a_figure(setting):
     assert figures[3].data[0].y[-1] == curve.dense
 
 
+def test_a_place_in_a_figure_is_in_a_module(setting):
+    _, _, _, stats, parts = setting
+    ((wire, part),) = parts.items()
+    figure = part.plot(affinity=stats[wire].cofiring)
+    labels = [plots.module_at(figure, n + 0.5) for n in range(len(part.labels))]
+    assert sorted(labels) == sorted(part.labels.tolist())
+    assert [plots.module_at(figure, x) for x in (-1, len(labels) + 1)] == [-1, -1]
+    assert plots.module_at(part.plot(), 1.2) == 1
+
+
 def test_the_lab_follows_the_diagram_and_back(setting):
     model, ids, circuit, stats, parts = setting
     (wire,) = parts
@@ -86,8 +96,12 @@ def test_the_lab_follows_the_diagram_and_back(setting):
     assert "4 neurons" in lab.text.value
     assert "&lt;<mark>" in lab.text.value
     assert lab.number.value == 2
+    outlined = [shape for shape in lab.figure.layout.shapes if shape.name == "module"]
+    assert len(outlined) == 1
+    assert plots.module_at(lab.figure, (outlined[0].y0 + outlined[0].y1) / 2) == 2
     lab.number.value = -1
     assert lab.module == -1
+    assert not [shape for shape in lab.figure.layout.shapes if shape.name == "module"]
     assert lab.diagram.overlay == {}
     lab.diagram.selection = block.keys[0].op
     assert lab.wire == wire

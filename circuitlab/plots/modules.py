@@ -99,8 +99,29 @@ def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Fi
         }])
     else:
         figure.update_layout(shapes=[*_lines(figure), *_edges(labels[order], axis)])
-    figure.update_layout(showlegend=False)
+    figure.update_layout(showlegend=False, meta={"modules": [int(m) for m in leaves], "ends": np.cumsum(sizes[leaves]).tolist(), "axis": axis})
     return styled(figure, _verdict(part), height=620 if tree else 540)
+
+
+def module_at(figure: go.Figure, x: float) -> int:
+    """The module of a place in a figure of `partition`, -1 for none: of a bar, or of a row of the sorted matrix."""
+    meta = figure.layout.meta  # type: ignore[attr-defined]
+    if not meta:
+        return round(x)
+    at = int(np.searchsorted(meta["ends"], x, side="right"))
+    return meta["modules"][at] if 0 <= x and at < len(meta["modules"]) else -1
+
+
+def outline(figure: go.Figure, module: int) -> list[dict[str, Any]]:
+    """The shapes of a figure of `partition` with one module outlined; -1 for none."""
+    shapes = [shape.to_plotly_json() for shape in figure.layout.shapes if shape.name != "module"]  # type: ignore[attr-defined]
+    meta = figure.layout.meta  # type: ignore[attr-defined]
+    if not meta or module not in meta["modules"]:
+        return shapes
+    at = meta["modules"].index(module)
+    start, end = ([0, *meta["ends"]][at], meta["ends"][at])
+    return [*shapes, {"type": "rect", "name": "module", "x0": start, "x1": end, "y0": start, "y1": end, "xref": f"x{meta['axis']}",
+                      "yref": f"y{meta['axis']}", "line": {"color": colour(1), "width": 4}}]
 
 
 def _lines(figure: go.Figure) -> list[Any]:

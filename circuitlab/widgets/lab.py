@@ -1,7 +1,8 @@
 """The lab: a live diagram beside what is known of the wire or module that is selected in it.
 
-Select a wire (or an op or block of its feed-forward block) in the diagram, and its modules are shown; select a module, and the
-places of its neurons are highlighted in the diagram, and the positions at which it is most active are listed.
+Select a wire (or an op or block of its feed-forward block) in the diagram, and its modules are shown; select a module, by name
+or by a click in the figure, and the places of its neurons are highlighted in the diagram, and the positions at which it is
+most active are listed.
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ class Lab(ipywidgets.VBox):
         if found:
             self.wire = found
 
+    def _clicked(self, trace: Any, points: Any, _: Any) -> None:
+        """A bar is a module; a row of the sorted matrix lies in one."""
+        if points.xs:
+            found = plots.module_at(self.figure, points.xs[0] if trace.type == "bar" else points.ys[0])
+            self.module = -1 if found == self.module else found
+
     def _wire_of(self, name: str) -> str:
         """The wire that a selected wire, op or block is about: of the smallest feed-forward block that holds it."""
         if name in self.partitions:
@@ -122,6 +129,9 @@ class Lab(ipywidgets.VBox):
             self.figure.layout = {}
             self.figure.add_traces(list(drawn.select_traces()))
             self.figure.update_layout(drawn.layout)
+        for trace in self.figure.data:
+            if trace.type in ("bar", "heatmap"):
+                trace.on_click(self._clicked)
         self._highlight()
 
     def _highlight(self, _: Any = None) -> None:
@@ -133,6 +143,7 @@ class Lab(ipywidgets.VBox):
         weights = (*block.gates, *block.keys, *block.values) if isinstance(block, FeedForward) else ()
         if self.number.value != self.module:
             self.number.value = self.module
+        self.figure.layout.shapes = plots.outline(self.figure, self.module)
         self.diagram.overlay = {self.wire: 1.0, **{weight.op: 1.0 for weight in weights}} if self.module >= 0 else {}
         if self.module < 0:
             self.text.value = _said(part.__repr__()) + self._notes

@@ -1,0 +1,48 @@
+"""The lab: a diagram and the modules of its hidden wires, linked in the browser."""
+
+import pytest
+
+from tests.ui.test_notebook import LIVE, shot
+
+pytestmark = pytest.mark.browser
+
+CELL = """import torch
+import circuitlab as cl
+from circuitlab.gallery.gpt import GPT
+torch.manual_seed(0)
+model = GPT(24, 16, width=16, heads=2, layers=2)
+batches = torch.randint(24, (16, 16)).split(8)
+lab = cl.explore(model, batches[0], batches=batches, method="keys", depth=2, text=lambda batch, example, position: f"«{position}»")
+lab"""
+
+
+def test_diagram_modules_and_positions_are_linked(jupyter):
+    jupyter.write("lab.ipynb", CELL)
+    jupyter.run("lab.ipynb")
+    page = jupyter.page
+    first, second = jupyter.kernel("print(*lab.partitions)").split()
+    live = page.locator(LIVE).first
+    live.scroll_into_view_if_needed()
+
+    live.locator("rect[data-role=block][data-block='blocks.1.mlp']").click(position={"x": 5, "y": 5})
+    page.locator("select").first.locator(f"option:checked[data-value='{second}']").wait_for()
+    assert jupyter.kernel("print(lab.wire)") == second
+    shot(page, "lab_block")
+
+    page.locator("select").nth(1).select_option(index=2)
+    page.locator("table td", has_text="%").first.wait_for()
+    assert jupyter.kernel("print(lab.module)") == "1"
+    assert second in jupyter.kernel("print(*lab.diagram.overlay)")
+    shot(page, "lab_module")
+
+    page.locator(".plotly .xy").first.scroll_into_view_if_needed()
+    box = page.locator(".plotly .nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 8)
+    page.wait_for_timeout(300)  # plotly listens to the pointer before it takes a click
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 8)
+    page.locator("b", has_text="module 0").wait_for()
+    assert jupyter.kernel("print(lab.module)") == "0"
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    shot(page, "lab_dark")
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    assert first != second
