@@ -10,8 +10,11 @@ from torch import nn
 
 import circuitlab as cl
 from circuitlab import plots
-from circuitlab.plots import modules
 from circuitlab.analysis.activity import timeline, top_positions
+from circuitlab.analysis.flows import match_modules
+from circuitlab.analysis.graph import places
+from circuitlab.analysis.triples import triples
+from circuitlab.plots import modules
 from circuitlab.widgets.lab import Lab
 from tests.test_neurons import Tokens
 
@@ -64,7 +67,8 @@ def test_every_result_has_a_figure(setting):
     (wire,) = parts
     curve = cl.expert_curve(model, parts, [(ids, ids)], "cross_entropy", shares=(0.5,), progress=False)
     figures = [stats[wire].plot(), parts[wire].plot(), parts[wire].plot(affinity=stats[wire].cofiring), curve.plot(),
-               timeline(model, parts, ids).plot(), stats[wire].functional().plot()]
+               timeline(model, parts, ids).plot(), stats[wire].functional().plot(), match_modules(parts[wire], parts[wire]).plot(),
+               triples(torch.rand(200, 6) < 0.4).plot(), plots.places(places(stats[wire].cofiring, parts[wire], controls=20))]
     for figure in figures:
         assert json.loads(figure.to_json())["data"]
         assert figure.layout.paper_bgcolor == "rgba(0,0,0,0)"

@@ -46,9 +46,12 @@ class Flows(Result):
         })
 
     def plot(self, **options: Any) -> Any:
-        """The flows as a plotly Figure. See `circuitlab.plots.flows`."""
+        """The flows as a plotly Figure; matched modules have one colour. See `circuitlab.plots.flows`."""
         names = [wire or side for wire, side in zip(self.wires, ("a", "b"), strict=True)]
-        return importlib.import_module("circuitlab.plots").flows([self.flows], names, **options)
+        k_a, k_b = self.flows.shape
+        after = np.arange(k_a, k_a + k_b)
+        after[self.pairs[:, 1]] = self.pairs[:, 0]
+        return importlib.import_module("circuitlab.plots").flows([self.flows], names, numbers=[np.arange(k_a), after], **options)
 
     def __repr__(self) -> str:
         same = "" if np.isnan(self.ari) else f"; ARI {self.ari:.3f}, NMI {self.nmi:.3f}"

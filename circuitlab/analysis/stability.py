@@ -131,7 +131,7 @@ class Stability(Result):
 
         plots, names = importlib.import_module("circuitlab.plots"), [f"step {step}" for step in self.steps]
         if measure is None and self.labels:
-            return plots.flows(self.flows, names, title=f"{self.wire}: modules over training")
+            return plots.flows(self.flows, names, numbers=self.tracks, title=f"{self.wire}: modules over training")
         measure = self._measure(measure)
         return plots.matrix(self.similarity[measure], names, names, title=f"{self.wire}: {measure} of {self.score or 'modules'}",
                             row_title="", column_title="")

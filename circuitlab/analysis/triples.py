@@ -17,6 +17,7 @@ choosing candidates by their pairs does not bias it.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,10 @@ class Triples(Result):
             f"of {self.examples:,} examples; at a false discovery rate of .05 {verdict}"
         )
 
+    def plot(self, **options: Any) -> Any:
+        """Counts against what pairs predict as a plotly Figure. See `circuitlab.plots.triples`."""
+        return importlib.import_module("circuitlab.plots").triples(self, **options)
+
     def to_frame(self) -> Any:
         """A pandas DataFrame, a row for each triple: a, b, c, count, expected, interaction, bits, t, p, q."""
         import pandas as pd
@@ -102,8 +107,8 @@ def triples(
         firing: whether each neuron fires: a matrix (examples, neurons) whose rows are independent of each other, an array
             (examples, positions, neurons) of which only the first axis is so, or an iterable of either, batch by batch.
             Give documents as the latter: their positions are no independent examples.
-        candidates: the neurons; or how many, and those with the strongest pairs are taken (the sum of |phi|), in a pass
-            of its own. What shows in no pair, such as XOR, such a choice can miss.
+        candidates: the neurons; or how many at most, and those with the strongest pairs are taken (the sum of |phi|), in a
+            pass of its own. What shows in no pair, such as XOR, such a choice can miss.
         blocks: number of groups that examples are dealt into to measure spread; no more than there are examples are used.
         rarest: a triple is tested if each cell of its table is expected at least that often. This looks at the pairs alone.
         seed: of the dealing.
@@ -301,8 +306,7 @@ def _strongest(firing: Any, count: int) -> NDArray[np.int64]:
             together = together + (fired.T @ fired).double().cpu()
             n += len(rows)
     rate = np.asarray(together.diagonal()) / n
-    if len(rate) < count:
-        raise InputError(f"candidates={count} are wanted of {len(rate)} neurons")
+    _within(min(count, len(rate)))
     spread = np.sqrt(rate * (1 - rate))
     scale = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
     phi = np.abs((together.numpy() / n - np.outer(rate, rate)) * np.outer(scale, scale))

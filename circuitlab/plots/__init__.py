@@ -5,7 +5,17 @@ theme. Matrices are averaged down to at most `PIXELS` cells a side before they g
 """
 
 from circuitlab.plots.charts import bars, matrix
-from circuitlab.plots.modules import expert_curve, flows, module_at, neurons, outline, partition, timeline
+from circuitlab.plots.modules import (
+    expert_curve,
+    flows,
+    module_at,
+    neurons,
+    outline,
+    partition,
+    places,
+    timeline,
+    triples,
+)
 from circuitlab.plots.style import PIXELS, aggregated, colour
 
-__all__ = ["PIXELS", "aggregated", "bars", "colour", "expert_curve", "flows", "matrix", "module_at", "neurons", "outline", "partition", "timeline"]
+__all__ = ["PIXELS", "aggregated", "bars", "colour", "expert_curve", "flows", "matrix", "module_at", "neurons", "outline", "partition", "places", "timeline", "triples"]

@@ -109,7 +109,7 @@ def module_at(figure: go.Figure, x: float) -> int:
     if not meta:
         return round(x)
     at = int(np.searchsorted(meta["ends"], x, side="right"))
-    return meta["modules"][at] if 0 <= x and at < len(meta["modules"]) else -1
+    return meta["modules"][at] if x >= 0 and at < len(meta["modules"]) else -1
 
 
 def outline(figure: go.Figure, module: int) -> list[dict[str, Any]]:
@@ -227,16 +227,19 @@ def timeline(found: Any) -> go.Figure:
 # between partitions -----------------------------------------------------------------------------------
 
 
-def flows(tables: Sequence[Any], names: Sequence[str], *, title: str = "") -> go.Figure:
+def flows(tables: Sequence[Any], names: Sequence[str], *, numbers: Sequence[Any] | None = None, title: str = "") -> go.Figure:
     """Modules side by side, and how many neurons (or how much of anything) flows from each to each: Sankey or alluvial.
 
     Args:
         tables: flows from the modules of one column to those of the next, (modules, modules) each; one less than names.
         names: of the columns: layers, or checkpoints.
+        numbers: of the modules of each column; those of one number, such as a module's track, have one colour. By default
+            each module's own.
         title: of the figure.
     """
     sizes = [array(tables[0]).shape[0], *(array(table).shape[1] for table in tables)]
     starts = np.concatenate([[0], np.cumsum(sizes)])
+    tracks = [array(column).tolist() for column in numbers] if numbers is not None else [list(range(size)) for size in sizes]
     source: list[int] = []
     target: list[int] = []
     value: list[float] = []
@@ -246,11 +249,11 @@ def flows(tables: Sequence[Any], names: Sequence[str], *, title: str = "") -> go
             source.append(int(starts[at] + a))
             target.append(int(starts[at + 1] + b))
             value.append(float(table[a, b]))
-            tint.append(faded(colour(a)))
+            tint.append(faded(colour(tracks[at][a])))
     total = len(sizes)
     figure = go.Figure(go.Sankey(
         arrangement="snap",
-        node={"label": [f"{m}" for size in sizes for m in range(size)], "color": [colour(m) for size in sizes for m in range(size)],
+        node={"label": [f"{m}" for size in sizes for m in range(size)], "color": [colour(number) for column in tracks for number in column],
               "customdata": [f"{name}, module {m}" for name, size in zip(names, sizes, strict=True) for m in range(size)],
               "hovertemplate": "%{customdata}: %{value:.4g}<extra></extra>", "thickness": 14, "pad": 8,
               "x": [0.001 + 0.998 * at / max(total - 1, 1) for at, size in enumerate(sizes) for _ in range(size)],
@@ -260,3 +263,59 @@ def flows(tables: Sequence[Any], names: Sequence[str], *, title: str = "") -> go
     for at, name in enumerate(names):
         figure.add_annotation(x=at / max(total - 1, 1), y=1.08, text=name, showarrow=False, xref="paper", yref="paper")
     return styled(figure, title, height=460)
+
+
+# higher orders, and places in the graph ---------------------------------------------------------------
+
+
+def triples(found: Any, *, most: int = 4000) -> go.Figure:
+    """How often triples of neurons fire together, against what their pairs predict.
+
+    Args:
+        found: `Triples`.
+        most: points drawn, the most surprising first.
+    """
+    figure = go.Figure()
+    count, expected, q, neurons = (array(values)[:most] for values in (found.count, found.expected, found.qvalue, found.neurons))
+    rest = ~(q < 0.05)
+    for name, which, tint, size in (("as pairs predict", rest, QUIET, 4), ("significant", ~rest, colour(1), 7)):
+        figure.add_trace(go.Scattergl(
+            x=expected[which], y=count[which], customdata=np.column_stack([neurons[which], q[which]]), mode="markers", name=name,
+            marker={"color": tint, "size": size, "opacity": 0.7},
+            hovertemplate="neurons %{customdata[0]}, %{customdata[1]}, %{customdata[2]}<br>together at %{y}, by pairs %{x:.4g}"
+                          "<br>q = %{customdata[3]:.2g}<extra></extra>",
+        ))
+    top = float(max(count.max(initial=1), expected.max(initial=1)))
+    figure.add_trace(go.Scatter(x=[0, top], y=[0, top], mode="lines", line={"color": INK, "dash": "dot", "width": 1}, hoverinfo="skip", showlegend=False))
+    figure.update_xaxes(title_text="positions, predicted by pairs")
+    figure.update_yaxes(title_text="positions where all three fire")
+    shown = f", {len(count):,} drawn" if len(count) < len(found.count) else ""
+    return styled(figure, f"{len(found.count):,} triples of {len(found.candidates)} neurons{shown}", height=460)
+
+
+def places(frame: Any) -> go.Figure:
+    """Hubs and bridges of a neuron graph: strength against betweenness, and modules by colour where they are known.
+
+    Args:
+        frame: what `circuitlab.analysis.graph.places` gives.
+    """
+    figure = go.Figure()
+    modules = frame["module"].to_numpy() if "module" in frame else np.zeros(len(frame), dtype=int)
+    known = "module" in frame
+    symbols = np.full(len(frame), "circle", dtype=object)
+    for mark, symbol in (("hub", "diamond"), ("bridge", "star")):
+        if mark in frame:
+            symbols[frame[mark].to_numpy()] = symbol
+    text = [", ".join(mark for mark in ("hub", "bridge") if mark in frame and frame[mark].iloc[n]) for n in range(len(frame))]
+    for module in np.unique(modules):
+        which = np.flatnonzero(modules == module)
+        figure.add_trace(go.Scattergl(
+            x=frame["strength"].to_numpy()[which], y=frame["betweenness"].to_numpy()[which], mode="markers",
+            customdata=np.column_stack([which, frame["clustering"].to_numpy()[which], np.array(text, dtype=object)[which]]),
+            name=f"module {module}" if known else "neurons", showlegend=known,
+            marker={"color": colour(int(module)), "size": np.where(symbols[which] == "circle", 6, 11), "symbol": symbols[which], "opacity": 0.8},
+            hovertemplate="neuron %{customdata[0]} %{customdata[2]}<br>strength %{x:.4g}, betweenness %{y:.3g}, clustering %{customdata[1]:.3g}<extra></extra>",
+        ))
+    figure.update_xaxes(title_text="strength: sum of a neuron's affinities")
+    figure.update_yaxes(title_text="betweenness")
+    return styled(figure, "hubs (diamonds) and bridges (stars) of the neuron graph", height=460)
