@@ -103,7 +103,6 @@ def test_rare_cells_are_not_tested_and_dead_neurons_do_no_harm(tmp_path):
     (np.zeros((90, 5), bool), {"candidates": [0, 1, 1]}, "each once"),
     (np.zeros((90, 5), bool), {"candidates": 2}, "at least 3"),
     (np.zeros((90, 5), bool), {"candidates": 300}, "triples"),
-    (np.zeros((90, 5), bool), {"candidates": 6}, "of 5 neurons"),
     (np.zeros((1, 90, 5), bool), {"candidates": [0, 1, 2]}, "1 independent examples"),
     ([], {}, "empty"),
     (iter([np.zeros((90, 5), bool)]), {}, "walked only once"),

@@ -328,5 +328,7 @@ class _Bar:
     def __enter__(self) -> _Bar:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:  # controls may end early: the bar of a notebook would be left there, in red
+            self._bar.total = self._bar.n
         self._bar.close()

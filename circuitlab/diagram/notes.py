@@ -52,7 +52,8 @@ def notes_of(circuit: Circuit, marks: Iterable[Mark]) -> dict[str, tuple[str, ..
 
 
 def tinted(marks: list[Mark], overlay: Mapping[str, float], circuit: Circuit, y: float) -> list[Mark]:
-    """The marks, tinted from the smallest to the largest number shown; wires by width. And a scale, at a height.
+    """The marks, tinted from the smallest to the largest number shown; wires by width. And a scale, at a height, where
+    numbers differ.
 
     A plate is tinted where nothing that stands on it is.
     """
@@ -82,6 +83,8 @@ def tinted(marks: list[Mark], overlay: Mapping[str, float], circuit: Circuit, y:
             else:
                 mark = replace(mark, fill="accent", opacity=_tint(share))
         made.append(mark)
+    if low == high:
+        return made
     x = 18.0
     least, most = (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in (low, high))
     made.append(Mark("text", "legend", x=x, y=y, text=least, font="title", size=11, anchor="start", fill="quiet"))

@@ -103,19 +103,19 @@ def partition(part: Any, affinity: Any = None, *, pixels: int = PIXELS) -> go.Fi
     return styled(figure, _verdict(part), height=620 if tree else 540)
 
 
-def module_at(figure: go.Figure, x: float) -> int:
+def module_at(figure: Any, x: float) -> int:
     """The module of a place in a figure of `partition`, -1 for none: of a bar, or of a row of the sorted matrix."""
-    meta = figure.layout.meta  # type: ignore[attr-defined]
+    meta = figure.layout.meta
     if not meta:
         return round(x)
     at = int(np.searchsorted(meta["ends"], x, side="right"))
     return meta["modules"][at] if x >= 0 and at < len(meta["modules"]) else -1
 
 
-def outline(figure: go.Figure, module: int) -> list[dict[str, Any]]:
+def outline(figure: Any, module: int) -> list[dict[str, Any]]:
     """The shapes of a figure of `partition` with one module outlined; -1 for none."""
-    shapes = [shape.to_plotly_json() for shape in figure.layout.shapes if shape.name != "module"]  # type: ignore[attr-defined]
-    meta = figure.layout.meta  # type: ignore[attr-defined]
+    shapes = [shape.to_plotly_json() for shape in figure.layout.shapes if shape.name != "module"]
+    meta = figure.layout.meta
     if not meta or module not in meta["modules"]:
         return shapes
     at = meta["modules"].index(module)

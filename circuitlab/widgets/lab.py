@@ -1,6 +1,6 @@
 """The lab: a live diagram beside what is known of the wire or module that is selected in it.
 
-Select a wire (or an op or block of its feed-forward block) in the diagram, and its modules are shown; select a module, by name
+Select a wire or an op, or unfold a feed-forward block, in the diagram, and its modules are shown; select a module, by name
 or by a click in the figure, and the places of its neurons are highlighted in the diagram, and the positions at which it is
 most active are listed.
 """
@@ -61,6 +61,7 @@ class Lab(ipywidgets.VBox):
         self.choice.observe(self._chosen, "value")
         self.number.observe(self._numbered, "value")
         self.diagram.observe(self._selected, "selection")
+        self.diagram.observe(self._unfolded, "opened")
         self.observe(self._show, ["wire", "partitions"])
         self.observe(self._highlight, "module")
         if self.partitions:
@@ -84,6 +85,12 @@ class Lab(ipywidgets.VBox):
         if points.xs:
             found = plots.module_at(self.figure, points.xs[0] if trace.type == "bar" else points.ys[0])
             self.module = -1 if found == self.module else found
+
+    def _unfolded(self, change: Any) -> None:
+        fresh = [block for block in change["new"] if block not in change["old"]]
+        found = self._wire_of(fresh[-1]) if fresh else ""
+        if found:
+            self.wire = found
 
     def _wire_of(self, name: str) -> str:
         """The wire that a selected wire, op or block is about: of the smallest feed-forward block that holds it."""
