@@ -42,6 +42,7 @@ def svg(
     batch: bool = True,
     width: float = 1000.0,
     overlay: Mapping[str, float] | None = None,
+    span: tuple[float, float] | None = None,
     outputs: Literal["main", "all"] = "main",
 ) -> str:
     """The drawing as standalone SVG text.
@@ -55,10 +56,11 @@ def svg(
         batch: whether the batch wire is drawn.
         width: rows wrap at this many pixels.
         overlay: wire, op or block name -> a number that is drawn as a tint.
+        span: the numbers of the lightest and the strongest tint; by default the smallest and the largest that are shown.
         outputs: "main" leaves out families of further outputs, such as caches of every layer; "all" draws them.
     """
     scene = draw(
-        circuit, block=block, depth=depth, open=open, closed=closed, batch=batch, width=width, overlay=overlay,
+        circuit, block=block, depth=depth, open=open, closed=closed, batch=batch, width=width, overlay=overlay, span=span,
         outputs=outputs,
     )
     return render(scene, theme)

@@ -48,6 +48,11 @@ def test_svg_options(circuit):
     heat = draw(circuit, overlay={"d": 1.0, "batch": 0.0})
     strong = {m.wire: m.width for m in heat.marks if m.role == "wire"}
     assert strong["d"] > strong["batch"]
+    half = draw(circuit, overlay={"d": 1.0, "batch": 0.0}, span=(0, 2))
+    assert strong["d"] > {m.wire: m.width for m in half.marks if m.role == "wire"}["d"] > strong["batch"]
+    assert {m.text for m in half.marks if m.role == "legend" and m.text} == {"0", "2"}
+    alone = draw(circuit, overlay={"d": 1.0})
+    assert not [m for m in alone.marks if m.role == "legend"]  # one number needs no scale
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html", ".json", ".dot", ".png", ".pdf"])

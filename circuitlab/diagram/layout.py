@@ -47,6 +47,7 @@ def draw(
     batch: bool = True,
     width: float = 1000.0,
     overlay: Mapping[str, float] | None = None,
+    span: tuple[float, float] | None = None,
     outputs: Literal["main", "all"] = "main",
 ) -> Scene:
     """Lay a circuit out.
@@ -59,6 +60,7 @@ def draw(
         batch: whether wires of kind "batch" are drawn.
         width: rows are wrapped at about this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
+        span: the numbers of the lightest and the strongest tint; by default the smallest and the largest that are shown.
         outputs: "main" leaves out families of further outputs (caches, hidden states of every layer) and what leads
             to no output, and says so below the drawing; "all" draws them.
 
@@ -86,7 +88,7 @@ def draw(
     page.draw(part.notes)
     marks = page.pen.plates + page.pen.marks
     if overlay:
-        marks = tinted(marks, overlay, circuit, page.height + 8)
+        marks = tinted(marks, overlay, span, circuit, page.height + 8)
         page.height += 20.0
     return Scene(
         block=block,

@@ -51,8 +51,8 @@ def notes_of(circuit: Circuit, marks: Iterable[Mark]) -> dict[str, tuple[str, ..
     return notes
 
 
-def tinted(marks: list[Mark], overlay: Mapping[str, float], circuit: Circuit, y: float) -> list[Mark]:
-    """The marks, tinted from the smallest to the largest number shown; wires by width. And a scale, at a height, where
+def tinted(marks: list[Mark], overlay: Mapping[str, float], span: tuple[float, float] | None, circuit: Circuit, y: float) -> list[Mark]:
+    """The marks, tinted from the smallest to the largest number shown, or over a span that is given; wires by width. And a scale, at a height, where
     numbers differ.
 
     A plate is tinted where nothing that stands on it is.
@@ -72,12 +72,12 @@ def tinted(marks: list[Mark], overlay: Mapping[str, float], circuit: Circuit, y:
     values = {name: float(overlay[name]) for name in of.values() if name}
     if not values:
         return marks
-    low, high = min(values.values()), max(values.values())
+    low, high = span or (min(values.values()), max(values.values()))
     made: list[Mark] = []
     for mark in marks:
         name = of.get(id(mark), "")
         if name:
-            share = (values[name] - low) / (high - low) if high > low else 1.0
+            share = min(max((values[name] - low) / (high - low), 0.0), 1.0) if high > low else 1.0
             if mark.role == "wire":
                 mark = replace(mark, stroke="accent", width=1.3 + 2.2 * share)
             else:

@@ -6,6 +6,7 @@ Handwritten Digits*), so that nothing is downloaded. Any of the models is traine
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ class CNN(nn.Module):
     def __init__(self, width: int = 16, norm: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         channels = [1, width, width, 2 * width, 2 * width]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels, channels[1:], strict=False))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(channels))
         self.norms = nn.ModuleList(norm(n) if norm else nn.Identity() for n in channels[1:])
         self.readout = nn.Linear(2 * width, CLASSES)
 

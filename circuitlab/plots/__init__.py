@@ -16,6 +16,7 @@ from circuitlab.plots.modules import (
     timeline,
     triples,
 )
+from circuitlab.plots.paths import collapse
 from circuitlab.plots.style import PIXELS, aggregated, colour
 
-__all__ = ["PIXELS", "aggregated", "bars", "colour", "expert_curve", "flows", "matrix", "module_at", "neurons", "outline", "partition", "places", "timeline", "triples"]
+__all__ = ["PIXELS", "aggregated", "bars", "collapse", "colour", "expert_curve", "flows", "matrix", "module_at", "neurons", "outline", "partition", "places", "timeline", "triples"]

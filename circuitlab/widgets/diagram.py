@@ -15,7 +15,7 @@ from circuitlab.display import VIEW_MIME, mimebundle
 from circuitlab.errors import CircuitlabError, InputError
 
 _BUNDLE = Path(__file__).parent / "static" / "widget.js"
-_REDRAWN_BY = ("circuit", "depth", "opened", "closed", "batch", "width", "overlay", "outputs")
+_REDRAWN_BY = ("circuit", "depth", "opened", "closed", "batch", "width", "overlay", "span", "outputs")
 
 
 class DiagramWidget(anywidget.AnyWidget):
@@ -31,6 +31,7 @@ class DiagramWidget(anywidget.AnyWidget):
         batch: whether the batch wire is drawn.
         width: rows wrap at this many pixels.
         overlay: wire, op or block name -> a number, drawn as a tint from the smallest to the largest.
+        span: the numbers of the lightest and the strongest tint; by default the smallest and the largest shown.
         outputs: "main" leaves out families of further outputs, such as caches of every layer; "all" draws them.
         scene: what is on the screen now, as plain data.
     """
@@ -49,6 +50,7 @@ class DiagramWidget(anywidget.AnyWidget):
     batch = traitlets.Bool(True)
     width = traitlets.Float(1000.0)
     overlay = traitlets.Dict()
+    span = traitlets.Tuple(default_value=None, allow_none=True)
     outputs = traitlets.Enum(["main", "all"], default_value="main")
     scene = traitlets.Dict().tag(sync=True)
 
@@ -63,6 +65,7 @@ class DiagramWidget(anywidget.AnyWidget):
         batch: bool = True,
         width: float = 1000.0,
         overlay: Mapping[str, float] | None = None,
+        span: tuple[float, float] | None = None,
         outputs: str = "main",
     ) -> None:
         if depth < 0:
@@ -70,7 +73,7 @@ class DiagramWidget(anywidget.AnyWidget):
         self._ready = False
         super().__init__(
             circuit=circuit, depth=depth, opened=tuple(open), closed=tuple(closed), theme=theme, batch=batch,
-            width=width, overlay=dict(overlay or {}), outputs=outputs,
+            width=width, overlay=dict(overlay or {}), span=span, outputs=outputs,
         )
         self._ready = True
         self.on_msg(self._told)
@@ -113,7 +116,7 @@ class DiagramWidget(anywidget.AnyWidget):
         """What `draw` takes."""
         return {
             "depth": self.depth, "open": self.opened, "closed": self.closed, "batch": self.batch,
-            "width": self.width, "overlay": self.overlay, "outputs": self.outputs,
+            "width": self.width, "overlay": self.overlay, "span": self.span, "outputs": self.outputs,
         }
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
