@@ -164,6 +164,8 @@ def shifted(output: Any, target: torch.Tensor) -> bool:
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The tensor that a model's output is about: its logits, or the first."""
+    if isinstance(output, torch.Tensor):
+        return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, torch.Tensor):
         return logits
@@ -185,7 +187,7 @@ def _target(batch: Any, name: str) -> torch.Tensor:
 
 def _cross_entropy(output: Any, batch: Any) -> torch.Tensor:
     logits, target = first_tensor(output), _target(batch, "cross_entropy")
-    if logits.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64 and len(logits) == len(target):
+    if logits.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64 and logits.shape[0] == target.shape[0]:
         return F.cross_entropy(logits, target)
     if target.is_floating_point() and target.shape == logits.shape:
         return F.cross_entropy(logits, target)
