@@ -109,7 +109,8 @@ def accuracy(output: Any, batch: Any, *, shifts: bool = False) -> torch.Tensor:
     else:
         raise InputError(f"accuracy: outputs of shape {tuple(logits.shape)} and targets of shape {tuple(target.shape)} do not fit")
     counts = target != -100
-    return ((found == target) & counts).sum() / counts.sum()
+    exact = torch.float32 if target.device.type == "mps" else torch.float64
+    return ((found == target) & counts).sum().to(exact) / counts.sum().to(exact)
 
 
 def _targets(batch: Any, shifts: bool) -> int:

@@ -165,6 +165,10 @@ class Sweeper:
                 self.file.write(self.known, self.way)
         return self._result(points)
 
+    def so_far(self, points: Any) -> Sweep:
+        """What is known of points, without evaluating any."""
+        return self._result(np.ascontiguousarray(points, dtype=np.float64))
+
     def _run(self, points: Floats, seen: Seen | None, progress: bool, what: str) -> None:
         from tqdm.auto import tqdm
 
