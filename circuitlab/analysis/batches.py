@@ -56,13 +56,18 @@ def walk(batches: Any, device: torch.device, *, what: str, progress: bool, skip:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device."""
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A batch with each of its tensors changed."""
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in cast("Mapping[str, Any]", value).items()}
+        return {key: mapped(item, change) for key, item in cast("Mapping[str, Any]", value).items()}
     if isinstance(value, (list, tuple)):
-        moved = [to_device(item, device) for item in cast("list[Any]", value)]
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+        made = [mapped(item, change) for item in cast("list[Any]", value)]
+        return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
     return value
 
 
@@ -129,11 +134,12 @@ def loss_of(loss: Any) -> Loss:
     return _LOSSES[loss]
 
 
-def weight_of(loss: Any, batch: Any, output: Any = None) -> int:
+def weight_of(loss: Any, batch: Any, output: Any = None, *, shifts: bool | None = None) -> int:
     """How many terms the batch's mean is over: what it weighs in the mean over all batches.
 
     For a loss of one's own that is the number of examples; for cross-entropy it is the number of targets that are not
-    ignored (-100), and for the loss of a language model of those that are predicted, when it shifts them itself.
+    ignored (-100), and for the loss of a language model of those that are predicted, when it shifts them itself: that is
+    found from the output, where ``shifts`` does not tell.
     """
     target = target_of(batch)
     if not isinstance(target, torch.Tensor):
@@ -141,12 +147,13 @@ def weight_of(loss: Any, batch: Any, output: Any = None) -> int:
     if loss == "mse":
         return target.numel()
     if loss in (None, "cross_entropy") and not target.is_floating_point():
-        shifts = loss is None and target.ndim == 2 and _shifts(output, target)
+        if shifts is None:
+            shifts = loss is None and target.ndim == 2 and shifted(output, target)
         return int(((target[:, 1:] if shifts else target) != -100).sum())
     return examples(batch)
 
 
-def _shifts(output: Any, target: torch.Tensor) -> bool:
+def shifted(output: Any, target: torch.Tensor) -> bool:
     """Whether a model's own loss compares each position with the next target."""
     logits = getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != target.shape:
@@ -157,6 +164,8 @@ def _shifts(output: Any, target: torch.Tensor) -> bool:
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The tensor that a model's output is about: its logits, or the first."""
+    if isinstance(output, torch.Tensor):
+        return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, torch.Tensor):
         return logits
@@ -178,6 +187,8 @@ def _target(batch: Any, name: str) -> torch.Tensor:
 
 def _cross_entropy(output: Any, batch: Any) -> torch.Tensor:
     logits, target = first_tensor(output), _target(batch, "cross_entropy")
+    if logits.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64 and logits.shape[0] == target.shape[0]:
+        return F.cross_entropy(logits, target)
     if target.is_floating_point() and target.shape == logits.shape:
         return F.cross_entropy(logits, target)
     if target.shape == logits.shape[:-1]:
