@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -28,6 +29,17 @@ from circuitlab.trace.guard import random_state
 
 Floats = NDArray[np.float64]
 BARRIERS = ("chord", "mean-end", "max-end", "mid")
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a path is between: two models, the batches and the loss, what corrects a point, and what evaluates such a path again."""
+
+    models: tuple[torch.nn.Module, torch.nn.Module]
+    batches: Any
+    loss: Any
+    corrected: Any
+    interpolate: Callable[..., Path]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +63,7 @@ class Path(Result):
     correct: str | None = None
     layers: tuple[str, ...] | None = None
     complete: bool = True
-    _source: Any = field(default=None, init=False, repr=False)
+    _source: Ends | None = field(default=None, init=False, repr=False)
 
     def of(self, name: str = "loss", on: str | None = None) -> Floats:
         """A quantity along the path, float64 (points,), on a set of data: "train" or "test".
@@ -128,21 +140,44 @@ class Path(Result):
                              f"{[round(float(a), 4) for a in self.alphas[:8]]}{' ...' if len(self.alphas) > 8 else ''}")
         return int(places[0])
 
+    @property
+    def ends(self) -> Ends:
+        """The models that the path is between, and how it was evaluated.
+
+        Raises:
+            InputError: the path was loaded from a file, which does not hold the models.
+        """
+        if self._source is None:
+            layers = f", layers={set(self.layers)}" if self.layers else ""
+            raise InputError(f"a path that was loaded from a file has no models; give them: landscape.merge([a, b], [1 - alpha, alpha]{layers})")
+        return self._source
+
     def at(self, alpha: float) -> torch.nn.Module:
         """The model at a point: a copy in A's mode, corrected as the path was.
 
         Raises:
             InputError: the path was loaded from a file, which does not hold the models.
         """
-        if self._source is None:
-            weights = f"landscape.merge([a, b], [1 - {alpha}, {alpha}]" + (f", layers={set(self.layers)})" if self.layers else ")")
-            raise InputError(f"a path that was loaded from a file has no models; give them: {weights}")
-        models, batches, corrected = self._source
-        made = merge(models, _weights([alpha])[0].tolist(), layers=self.layers)
-        if corrected is not None:
+        ends = self.ends
+        made = merge(ends.models, _weights([alpha])[0].tolist(), layers=self.layers)
+        if ends.corrected is not None:
             with random_state(), torch.compiler.set_stance("force_eager"):
-                corrected.at(made, _weights([alpha])[0].tolist(), batches)
+                ends.corrected.at(made, _weights([alpha])[0].tolist(), ends.batches)
         return made
+
+    def view(self, **options: Any) -> Any:
+        """The path as a view in a notebook, with a diagram that shows where activations collapse, and layers to choose.
+
+        Args:
+            points: at which activations are measured, evenly.
+            layers: evaluate the layers one by one, to choose from.
+            depth: levels of blocks to unfold in the diagram.
+            progress: show progress bars.
+
+        Raises:
+            InputError: as `ends`.
+        """
+        return importlib.import_module("circuitlab.widgets.walk").walk(self, **options)
 
     def to_frame(self) -> Any:
         """alpha, the loss and metrics, and those on the test batches as test_loss ..., as a pandas DataFrame."""
@@ -220,11 +255,14 @@ def interpolate(
     about = f"{correct or 'none'}"
     sweeper = Sweeper(model_a, family, data, loss, metrics, prepare=corrected, about=about, executor=executor, resume=resume, seed=seed)
 
+    alike = partial(interpolate, model_a, model_b, batches, loss, points, correct, executor=executor, metrics=metrics, test=test, seed=seed)
+    ends = Ends((model_a, model_b), batches, loss, corrected, alike)
+
     def made(found: Sweep, complete: bool) -> Path:
         order = np.argsort(found.points[:, 1], kind="stable")
         order = order[found.done[order]]
         path = Path(found.points[order, 1], found.sets, found.names, found.values[:, order], correct, moving, complete)
-        object.__setattr__(path, "_source", ((model_a, model_b), batches, corrected))
+        object.__setattr__(path, "_source", ends)
         return path
 
     left = refine

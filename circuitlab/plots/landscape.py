@@ -26,7 +26,7 @@ def path(found: Any, *, kind: str | None = "chord", of: str = "loss", title: str
     """
     paths: Mapping[str, Any] = found if isinstance(found, Mapping) else {"": found}
     first = next(iter(paths.values()))
-    metrics = [name for name in first.names if name != of and name != "loss"]
+    metrics = [name for name in first.names if name not in (of, "loss")]
     figure = make_subplots(rows=1 + bool(metrics), cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.66, 0.34] if metrics else None)
     for number, (name, one) in enumerate(paths.items()):
         for at, on in enumerate(one.sets):
