@@ -352,7 +352,7 @@ class LayerPaths(Result):
     layers: tuple[str, ...]
     paths: tuple[Path, ...]
 
-    def barrier(self, kind: str = "max-end", *, of: str = "loss", on: str | None = None) -> Floats:
+    def barrier(self, kind: str = "chord", *, of: str = "loss", on: str | None = None) -> Floats:
         """The barrier of each, float64 (layers,). See `Path.barrier`."""
         return np.array([path.barrier(kind, of=of, on=on) for path in self.paths])
 

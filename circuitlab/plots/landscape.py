@@ -113,7 +113,7 @@ def _shares(values: Any) -> bool:
     return bool(((finite >= 0) & (finite <= 1)).all())
 
 
-def layer_paths(found: Any, *, kind: str = "max-end", of: str = "loss", on: str | None = None, limit: int = 40) -> go.Figure:
+def layer_paths(found: Any, *, kind: str = "chord", of: str = "loss", on: str | None = None, limit: int = 40) -> go.Figure:
     """Bars for each layer: how much the loss rises by taking it over from B, and the barrier on the way.
 
     Args:

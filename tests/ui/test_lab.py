@@ -50,3 +50,40 @@ def test_diagram_modules_and_positions_are_linked(jupyter):
     page.locator("#jupyterlab-splash").wait_for(state="detached")
     shot(page, "lab_dark")
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+
+
+WALK = """import torch
+import circuitlab as cl
+from circuitlab.gallery.digits import CNN, digits, train
+data = digits()
+a, b = (train(lambda: CNN(8, torch.nn.BatchNorm2d), data, seed, 2) for seed in (0, 1))
+path = cl.interpolate(a, b, [data.train], "cross_entropy", points=5, metrics="accuracy")
+walk = path.view(points=5)
+walk"""
+
+
+def test_a_walk_between_two_models(jupyter):
+    jupyter.write("walk.ipynb", WALK)
+    jupyter.run("walk.ipynb")
+    page = jupyter.page
+    page.locator(".widget-slider").first.wait_for()
+    handle = page.locator(".noUi-handle").first
+    handle.scroll_into_view_if_needed()
+    shot(page, "walk")
+    before = jupyter.kernel("print(walk.diagram.overlay['readout.linear'])")
+    handle.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".widget-readout").first).to_have_text("0.25", timeout=20_000)
+    assert jupyter.kernel("print(walk.alpha)") == "0.25"
+    assert float(jupyter.kernel("print(walk.diagram.overlay['readout.linear'])")) > float(before)
+
+    bar = page.locator(".plotly .barlayer .point path").first
+    bar.scroll_into_view_if_needed()
+    box = bar.bounding_box()
+    at = box["x"] + min(box["width"] / 2, 2), box["y"] + box["height"] / 2
+    page.mouse.move(*at)
+    page.wait_for_timeout(300)
+    page.mouse.click(*at)
+    page.locator(".legendtext", has_text="convs").first.wait_for()
+    assert jupyter.kernel("print(walk.part.layers == walk.layers, len(walk.layers))") == "True 1"
+    shot(page, "walk_layer")
