@@ -23,6 +23,7 @@ from circuitlab.analysis import batches as walked
 from circuitlab.analysis.states import Combination, own_state, scratch, state_of
 from circuitlab.circuit import Circuit, Op
 from circuitlab.errors import InputError
+from circuitlab.trace.functions import plan_of
 from circuitlab.trace.record import trace
 
 KINDS = ("batchnorm", "repair")
@@ -227,12 +228,18 @@ class _Watch(TorchFunctionMode):
         self.square: dict[str, torch.Tensor] = {}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in (*args, *(kwargs or {}).values()):
-            layer = self.layers.get(id(value))
-            if layer is not None and getattr(func, "__name__", "") == layer.fn and isinstance(result, torch.Tensor):
-                return self._seen(layer, result)
-        return result
+        kwargs = kwargs or {}
+        met = [self.layers[id(value)] for value in (*args, *kwargs.values()) if id(value) in self.layers]
+        if not met:
+            return func(*args, **kwargs)
+        layer = next((layer for layer in met if layer.fn == getattr(func, "__name__", "")), None)
+        if layer is not None:
+            return self._seen(layer, func(*args, **kwargs))
+        entered = plan_of(func)[2]
+        if entered is None:
+            return func(*args, **kwargs)
+        with self:  # a function that computes the product within
+            return entered(*args, **kwargs)
 
     def _seen(self, layer: Layer, result: torch.Tensor) -> torch.Tensor:
         rest = [dim for dim in range(result.ndim) if dim != layer.channels % result.ndim]

@@ -43,16 +43,24 @@ def path(found: Any, *, kind: str | None = "chord", of: str = "loss", title: str
             _barrier(figure, one, kind, of, one.sets[-1], colour(number if len(paths) > 1 else len(one.sets) - 1), alone=len(paths) == 1)
     last = 1 + bool(metrics)
     ends = ("A", "B") if not first.layers else ("A", "A with B's layers")
-    figure.update_xaxes(range=_padded(array(first.alphas)), showspikes=False)
-    figure.update_xaxes(title_text="α", tickvals=[0, 0.25, 0.5, 0.75, 1], ticktext=[f"0<br>{ends[0]}", "¼", "½", "¾", f"1<br>{ends[1]}"], row=last, col=1)
+    figure.update_xaxes(range=_padded(array(first.alphas)), showspikes=False, tickvals=[0, 0.25, 0.5, 0.75, 1])
+    figure.update_xaxes(title_text="α", ticktext=[f"0<br>{ends[0]}", "¼", "½", "¾", f"1<br>{ends[1]}"], row=last, col=1)
     figure.update_yaxes(title_text=of, row=1, col=1)
     if metrics:
         shares = all(_shares(one.of(metric, on)) for one in paths.values() for metric in metrics for on in one.sets)
         figure.update_yaxes(title_text=metrics[0] if len(metrics) == 1 else "metrics", tickformat=".0%" if shares else None, row=2, col=1)
-    figure.update_layout(showlegend=len(figure.data) > 1, hovermode="x unified")
+    figure.update_layout(showlegend=sum(one.showlegend is not False for one in _curves(figure)) > 1, hovermode="x unified")
     extra = f", corrected by {first.correct}" if first.correct and len(paths) == 1 else ""
     moves = f"; {len(first.layers)} {'layer moves' if len(first.layers) == 1 else 'layers move'}" if first.layers else ""
-    return styled(figure, title or f"{of} between A and B{extra}{moves}", height=520 if metrics else 420)
+    figure = styled(figure, title or f"{of} between A and B{extra}{moves}", height=520 if metrics else 420)
+    if first.layers:
+        figure.update_layout(margin_r=70)  # room for the name of the far end
+    return figure
+
+
+def _curves(figure: go.Figure) -> list[Any]:
+    found: Any = figure.data
+    return list(found)
 
 
 def _curve(x: Any, y: Any, name: str, quantity: str, line: Mapping[str, Any], *, marks: bool) -> go.Scatter:
@@ -69,7 +77,7 @@ def _lost(figure: go.Figure, alphas: Any, values: Any, shade: str) -> None:
     top = float(finite.max()) if len(finite) else 1.0
     figure.add_trace(go.Scatter(
         x=array(alphas)[lost], y=np.full(int(lost.sum()), top), mode="markers", marker={"symbol": "x", "size": 9, "color": shade}, name="not a number",
-        customdata=[str(value) for value in array(values)[lost]], hovertemplate="%{customdata} here",
+        showlegend=not any(one.name == "not a number" for one in _curves(figure)), legendgroup="not a number", customdata=[str(value) for value in array(values)[lost]], hovertemplate="%{customdata} here",
     ), 1, 1)
 
 
@@ -77,29 +85,27 @@ def _barrier(figure: go.Figure, one: Any, kind: str, of: str, on: str, shade: st
     """What a barrier is measured from, and how high it is."""
     alphas, values = array(one.alphas), array(one.of(of, on))
     places = [np.flatnonzero(np.abs(alphas - end) < 1e-9) for end in (0, 1)]
-    between = (alphas > 0) & (alphas < 1) & np.isfinite(values)
-    if not all(map(len, places)) or not between.any():
+    asked = (alphas >= 0) & (alphas <= 1) if kind == "mean-end" else np.abs(alphas - 0.5) < 1e-9 if kind == "mid" else (alphas > 0) & (alphas < 1)
+    asked &= np.isfinite(values)
+    if not all(map(len, places)) or not asked.any():
         return
     start, end = (float(values[place[0]]) for place in places)
     if not np.isfinite([start, end]).all():
         return
-    base = {"chord": (1 - alphas) * start + alphas * end, "max-end": np.full_like(alphas, max(start, end))}.get(kind, np.full_like(alphas, (start + end) / 2))
-    if kind == "mid":
-        middle = np.flatnonzero(np.abs(alphas - 0.5) < 1e-9)
-        if not len(middle) or not np.isfinite(values[middle[0]]):
-            return
-        top = int(middle[0])
-    else:
-        top = int(np.argmax(np.where(between, values - base, -np.inf)))
+    sign = -1 if of == "accuracy" else 1  # what rises is the error
+    level = sign * max(sign * start, sign * end) if kind == "max-end" else (start + end) / 2
+    base = (1 - alphas) * start + alphas * end if kind == "chord" else np.full_like(alphas, level)
+    top = int(np.argmax(np.where(asked, sign * (values - base), -np.inf)))
+    height = one.barrier(kind, of=of, on=on, skipna=True)
     shown = (alphas >= 0) & (alphas <= 1)
     figure.add_trace(go.Scatter(x=alphas[shown], y=base[shown], mode="lines", line={"color": shade, "width": 1, "dash": "dot"}, hoverinfo="skip",
                                 showlegend=False), 1, 1)
     figure.add_shape(type="line", x0=alphas[top], x1=alphas[top], y0=base[top], y1=values[top], line={"color": shade, "width": 1.5}, row=1, col=1)
-    height = values[top] - base[top]
-    side = alphas[top] <= 0.5
+    above = values[top] >= base[top]
     figure.add_annotation(
-        x=alphas[top], y=(values[top] + base[top]) / 2, text=f"{kind} barrier {height:.3g}" if alone else f"{height:.3g}", showarrow=False,
-        xanchor="left" if side else "right", xshift=6 if side else -6, font={"color": shade, "size": 12}, row=1, col=1,
+        x=alphas[top], y=values[top], text=f"{kind} barrier {height:.3g}" if alone else f"{height:.3g}", showarrow=False, yanchor="bottom" if above else "top",
+        yshift=4 if above else -4, xanchor="left" if alphas[top] < 0.2 else "right" if alphas[top] > 0.8 else "center", font={"color": shade, "size": 12},
+        row=1, col=1,
     )
 
 
