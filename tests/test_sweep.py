@@ -436,7 +436,7 @@ def test_directions_may_lack_names(setting):
         with torch.no_grad():
             moved[0].weight += size * step
         moved.eval()
-        loss = sum(float(F.cross_entropy(moved(x), y)) * len(y) for x, y in batches) / 50
+        loss = sum(F.cross_entropy(moved(x), y).item() * len(y) for x, y in batches) / 50
         assert found[at] == pytest.approx(loss, rel=1e-6)
     with pytest.raises(cl.CircuitlabError, match=r"of shape \(points, 2\)"):
         sweep(a, family, [[1, 0, 0]], batches, "cross_entropy")

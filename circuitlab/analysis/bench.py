@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from circuitlab.analysis import batches as walked
@@ -72,7 +73,8 @@ class Bench:
         """Batch means, (points, batches from start to stop, quantities), on the device."""
         if self.work.way.startswith("vmap") and len(points) > 1 and self.work.prepare is None:
             return self._stacked(points, start, stop)
-        return torch.stack([self._one(point, start, stop) for point in points])
+        found = [self._one(point, start, stop) for point in points]
+        return torch.stack(found) if len(found) > 1 else found[0][None]
 
     def _one(self, point: Weights, start: int, stop: int) -> torch.Tensor:
         self.work.family.write(self.target, point)
@@ -84,7 +86,7 @@ class Bench:
             self._seed(number)
             found.append(run(number))
         if self.device.type == "cpu":  # numbers are there: nothing is waited for
-            return torch.tensor([[value.item() for value in row] for row in found], dtype=self.exact)
+            return torch.from_numpy(np.array([[value.item() for value in row] for row in found], dtype=np.float64))
         return torch.stack([torch.stack(column).to(self.exact) for column in zip(*found, strict=True)], 1)
 
     def _run(self, number: int) -> list[torch.Tensor]:

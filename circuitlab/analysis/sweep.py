@@ -126,8 +126,8 @@ class Sweeper:
         self.device = walked.device_of(model)
         self.held: Shard | None = None  # all of the data, where it fits
         self.bench: Bench | None = None
-        self.weights: list[list[int]] = []
-        self.where: list[int] = []
+        self.weights: Floats = np.zeros((0, len(self.measures.names)))  # of each batch, for each quantity
+        self.where: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # number of the set of each batch
         self.walked = False  # all of the data was seen
         self.known: dict[bytes, tuple[Floats, NDArray[np.bool_]]] = {}
         self.file = None
@@ -219,17 +219,19 @@ class Sweeper:
 
     def _look(self, shard: Shard) -> None:
         """What each batch weighs, and which it is."""
-        if not self.weights and self.measures.needs_output(shard.batches[0]):
+        if not len(self.weights) and self.measures.needs_output(shard.batches[0]):
             copied = scratch(self.model).eval()
             args, kwargs = walked.inputs_of(copied, shard.batches[0])
             self.measures.look(copied(*args, **kwargs), shard.batches[0])
-        for at, (batch, which) in enumerate(zip(shard.batches, shard.sets, strict=True), shard.number):
-            if at < len(self.weights):
-                continue
-            self.weights.append(self.measures.weights(batch))
-            self.where.append(which)
-            if self.file is not None:
+        known = len(self.weights) - shard.number
+        new = shard.batches[known:] if known >= 0 else []
+        if not new:
+            return
+        if self.file is not None:
+            for at, batch in enumerate(new, len(self.weights)):
                 self.file.see(at, batch)
+        self.where = np.append(self.where, shard.sets[known:])
+        self.weights = np.concatenate([self.weights, np.array([self.measures.weights(batch) for batch in new], dtype=np.float64)])
 
     def _room(self, row: bytes, batches: int) -> tuple[Floats, NDArray[np.bool_]]:
         """What is known of a point, with room for so many batches."""
@@ -274,7 +276,7 @@ class Sweeper:
 
     def _mean(self, row: bytes) -> Floats:
         """(sets, quantities) means over all examples of a point."""
-        found, weights, where = self.known[row][0], np.array(self.weights, dtype=np.float64), np.array(self.where)
+        found, weights, where = self.known[row][0], self.weights, self.where
         means = np.full((len(self.data), found.shape[1]), np.nan)
         for which in range(len(self.data)):
             rows = where == which

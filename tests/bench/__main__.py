@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import circuitlab as cl
 from circuitlab.gallery.llama import Llama
-from tests.bench import modularity, neurons
+from tests.bench import modularity, neurons, sweep
 from tests.bench.browser import frames
 from tests.ui.conftest import FLAGS
 
@@ -137,8 +137,13 @@ def observed_neurons():
         run(best, row)
 
 
+def sweeps():
+    for run in sweep.ALL:
+        run(best, row)
+
+
 if __name__ == "__main__":
-    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules, observed_neurons):
+    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules, observed_neurons, sweeps):
         run()
     if "--write" in sys.argv:
         lines = ["# Benchmarks", "", "Written by `make bench ARGS=--write`; each is a ratio or a bound within one run.", "",
