@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ def common(model_a: torch.nn.Module, model_b: torch.nn.Module, args: Any, kwargs
                 for which, names in zip(("model_a", "model_b"), missing, strict=True) if names]
         raise InputError(f"the models are of different architectures: {'; '.join(told)}")
     circuit = trace(model_a, *args, **kwargs)
+    if shapes[0] == shapes[1] and alike(model_a, model_b):
+        return _symmetry(circuit)
     copied, _, _ = copy_model(model_b, ())
     for module, like in zip(copied.modules(), model_a.modules(), strict=False):
         module.training = like.training
@@ -46,11 +49,44 @@ def common(model_a: torch.nn.Module, model_b: torch.nn.Module, args: Any, kwargs
     if shapes[0] != shapes[1]:
         raise InputError(_sizes(circuit, other, *shapes))
     _same(circuit, other)
+    return _symmetry(circuit)
+
+
+def _symmetry(circuit: Circuit) -> Symmetry:
     symmetry = Symmetry(circuit)
     if not symmetry.wires:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(symmetry.frozen.items())[:4])
         raise InputError(f"{circuit.title} has no wire that can be permuted, so there is nothing to match. {why}")
     return symmetry
+
+
+def alike(one: torch.nn.Module, two: torch.nn.Module) -> bool:
+    """Whether two modules surely run the same code: the same classes, with the same settings, all the way down.
+
+    False means that it is not known.
+    """
+    first, second = list(one.named_modules()), list(two.named_modules())
+    return [(path, type(m)) for path, m in first] == [(path, type(m)) for path, m in second] and all(
+        _settings(m) == _settings(n) is not None for (_, m), (_, n) in zip(first, second, strict=True)
+    )
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any] | None:
+    """A module's own attributes, if they are all plain values or functions; None if not. Whether it trains does not matter."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    own = {key: value for key, value in vars(module).items() if key not in _HELD}
+    return own if all(_is_plain(value) for value in own.values()) else None
+
+
+_HELD = frozenset(vars(torch.nn.Module()))
+"""What torch keeps on every module."""
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, cast("list[Any]", value)))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, FunctionType, BuiltinFunctionType))
 
 
 def _sizes(one: Circuit, two: Circuit, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
@@ -170,15 +206,14 @@ def settle(symmetry: Symmetry, state: State, element: Element) -> None:
             for some, moved in zip(kinds, permuted, strict=True)
         ]
         groups = math.prod(sizes[o] for o in outer)
-        far, all_far = (sum(((a.double() - b.double()) ** 2).sum(-1) for a, b in some) if some else 0.0 for some in (sides[0], sides[0] + sides[1]))
-        if isinstance(far, float) or isinstance(all_far, float) or not bool((all_far > 0).any()):
+        differ = torch.stack([(a != b).any(-1) for a, b in sides[0] + sides[1]]).any(0)
+        if not sides[0] or not bool(differ.any()):
             continue
-        size = sum((a.double() ** 2).sum(-1) + (b.double() ** 2).sum(-1) for a, b in sides[0])
-        assert isinstance(size, torch.Tensor)
+        far, size = (torch.stack([made(a, b).square().sum(-1) for a, b in sides[0]]).sum(0) for made in (torch.sub, _larger))
         noise = 32 * max(torch.finfo(a.dtype).eps for a, _ in sides[0]) * size.amax(-1, keepdim=True)
-        index = torch.arange(sizes[name]).repeat(groups, 1)
+        index = torch.arange(sizes[name], device="cpu").repeat(groups, 1)
         for group in range(groups):
-            chosen = ((far[group] <= noise[group]) & (all_far[group] > 0)).nonzero()[:, 0]
+            chosen = ((far[group] <= noise[group]) & differ[group]).nonzero()[:, 0]
             length = sum(a.shape[-1] for a, _ in sides[0] + sides[1])
             if len(chosen) < 2 or len(chosen) ** 2 * length > ALIKE:
                 continue
@@ -198,6 +233,10 @@ def settle(symmetry: Symmetry, state: State, element: Element) -> None:
                 for n, wire in enumerate(axes):
                     if wire == name:
                         moved[at] = taken(moved[at], axes, n, index, outer)
+
+
+def _larger(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(one.abs(), two.abs())
 
 
 def _permuted(value: torch.Tensor, axes: tuple[str, ...], element: Element, within: Mapping[str, tuple[str, ...]]) -> torch.Tensor:

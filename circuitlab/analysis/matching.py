@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Match(Result):
         objective: for each start, the objective at the start and after each sweep or step. What it is depends on the method:
             Σ⟨A, B⟩ over permutable parameters ("weights"), the sum of correlations ("activations"), or the loss, which falls.
         best: the start that gave the permutations.
-        structure: the circuit, as JSON.
+        circuit: that the permutations are of.
     """
 
     method: str
@@ -52,12 +52,7 @@ class Match(Result):
     similarity: dict[str, tuple[float, float]]
     objective: tuple[tuple[float, ...], ...]
     best: int
-    structure: str = field(repr=False)
-
-    @property
-    def circuit(self) -> Circuit:
-        """The circuit that the permutations are of."""
-        return Circuit.from_json(self.structure)
+    circuit: Circuit
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
         """A copy of the second model with the permutations applied: the same function.
@@ -208,5 +203,5 @@ def _told(
     return Match(
         method, {name: element[name].contiguous() for name in symmetry.wires}, dict(symmetry.frozen), unread,
         (before[0], after[0]), {name: (before[1][name], after[1][name]) for name in symmetry.wires}, history, best,
-        symmetry.circuit.to_json(),
+        symmetry.circuit,
     )
