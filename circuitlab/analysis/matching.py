@@ -107,7 +107,6 @@ def match(
     loss: Any = None,
     steps: int | None = None,
     rate: float | None = None,
-    temperature: float = 0.05,
     tolerance: float = 1e-7,
     progress: bool = True,
 ) -> Match:
@@ -121,17 +120,17 @@ def match(
             *Git Re-Basin*, 2023, Algorithm 1); "activations" the correlation of what the wires hold over batches (ibid.,
             section 3.1; Li et al., *Convergent Learning*, 2016); "sinkhorn" descends over soft permutations by implicit
             gradients (Peña et al., *Re-basin via implicit Sinkhorn differentiation*, 2023) for the distance, or with
-            batches for the loss half-way; "straight-through" permutes B by what is nearest to a moving A, and moves that
-            down the gradient of the loss half-way (*Git Re-Basin*, Algorithm 3).
+            batches for the loss half-way; "straight-through" permutes B by what is nearest to a moving copy of A, and moves
+            that down the gradient of the loss half-way (*Git Re-Basin*, section 3.3). The last two start from the match of
+            the weights, keep the best permutation that they meet, and draw nothing at random.
         restarts: number of further starts after the first, of which the best is kept: one from the identity, the
-            rest from random permutations. "sinkhorn" and "straight-through" have one start.
+            rest from random permutations.
         seed: of random starts and orders. The same seed gives the same answer; no global random state is touched.
         batches: what can be walked again; for "activations", "straight-through", and "sinkhorn" with a loss.
         loss: "cross_entropy", "mse", a function of (output, batch), or None for the output's own; with batches.
         steps: of gradient descent; by default 200 for "sinkhorn", 100 for "straight-through". A step takes one batch.
         rate: of gradient descent (Adam); by default 0.1 for "sinkhorn", and for "straight-through" 0.01 times the root mean
             square of each parameter.
-        temperature: of soft permutations: the smaller, the harder.
         tolerance: coordinate descent ends when no wire gains more than this share of what it could.
         progress: show a progress bar.
 
@@ -156,7 +155,6 @@ def match(
     made = Alignment(arrays.terms(symmetry, state), *arrays.wired(symmetry), tolerance)
     if method == "weights":
         value, element, history = made.best(_starts(symmetry, restarts, seed), generator, progress=progress)
-        arrays.settle(symmetry, state, element)
     elif method == "activations":
         from circuitlab.analysis.alignment_activations import activations
 
@@ -165,9 +163,9 @@ def match(
     else:
         from circuitlab.analysis import alignment_soft as soft
 
-        options = soft.Options(batches, loss, steps, rate, temperature, seed, progress)
         search = soft.sinkhorn if method == "sinkhorn" else soft.straight_through
-        value, element, history = search(symmetry, made, state, model_a, model_b, options)
+        value, element, history = search(symmetry, made, state, model_a, soft.Options(batches, loss, steps, rate, progress))
+    arrays.settle(symmetry, state, element)
     return _told(symmetry, made, method, element, history, value, arrays.unread(model_a, symmetry.circuit))
 
 
