@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuitlab.analysis.expert_curve import expert_curve as expert_curve
     from circuitlab.analysis.experts import to_moe as to_moe
+    from circuitlab.analysis.matching import match as match
     from circuitlab.analysis.modularity import partition as partition
     from circuitlab.analysis.neurons import observe as observe
     from circuitlab.circuit import Circuit as Circuit
@@ -27,11 +28,12 @@ _WHERE = {
     "expert_curve": "circuitlab.analysis.expert_curve",
     "explore": "circuitlab.widgets.lab",
     "load": "circuitlab.circuit",
+    "match": "circuitlab.analysis.matching",
     "observe": "circuitlab.analysis.neurons",
     "partition": "circuitlab.analysis.modularity",
     "to_moe": "circuitlab.analysis.experts",
 }
-__all__ = ["Circuit", "CircuitlabError", "expert_curve", "explore", "load", "observe", "partition", "to_moe", "trace"]
+__all__ = ["Circuit", "CircuitlabError", "expert_curve", "explore", "load", "match", "observe", "partition", "to_moe", "trace"]
 
 
 def __getattr__(name: str) -> Any:

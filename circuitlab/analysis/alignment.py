@@ -27,6 +27,9 @@ PAIRS = 2e10
 CELLS = 1 << 24
 """Numbers of a score matrix that are in memory at once, where that can be chosen."""
 
+HOPE = 10
+"""A start is given up when it is further below the best than this many times the gain of its last sweep."""
+
 
 @dataclass
 class Term:
@@ -236,7 +239,7 @@ class Alignment:
 
         def scores(child: str, row: int, columns: slice | int) -> Scores:
             total: Any = 0.0
-            for term, axis in holders:
+            for term, _ in holders:
                 if child in term.axes:
                     one, two = (rows(value, term.axes, term.axes.index(child), (name,)) for value in (term.a, term.b))
                     picked = two[columns] if isinstance(columns, slice) else two[columns, None]
@@ -340,7 +343,11 @@ class Alignment:
             self.reset(start or None)
             if start is None:
                 self.sort()
-            history = [self.objective(), *self.descend(generator)]
+            history = [self.objective()]
+            for value in self.descend(generator):
+                history.append(value)
+                if found is not None and found[0] - value > HOPE * (value - history[-2]):
+                    break  # gains fall from sweep to sweep, so it will not become the best
             histories.append(tuple(history))
             if found is None or history[-1] > found[0]:
                 found = history[-1], self.element
@@ -362,10 +369,11 @@ def gathered(terms: Iterable[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]
         turn = [*order, *(n for n in range(len(axes)) if not axes[n])]
         one, two = (value.permute(turn).reshape(*(value.shape[n] for n in order), -1) for value in (a, b))
         found.setdefault(tuple(axes[n] for n in order), []).append((one, two))
-    return [
-        Term(*(torch.cat(list(side), -1) if len(side) > 1 else side[0] for side in zip(*values, strict=True)), (*axes, ""))
-        for axes, values in found.items()
-    ]
+    made: list[Term] = []
+    for axes, values in found.items():
+        one, two = (torch.cat([pair[side] for pair in values], -1) if len(values) > 1 else values[0][side] for side in (0, 1))
+        made.append(Term(one, two, (*axes, "")))
+    return made
 
 
 def _dot(one: torch.Tensor, two: torch.Tensor) -> float:

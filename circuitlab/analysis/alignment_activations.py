@@ -76,8 +76,8 @@ def activations(
                 if key not in held or held[key].shape != values.shape:
                     raise InputError(f"on batch {number} the models do not run alike: {key[0]} is computed by one of them alone, or in another shape")
                 if key not in sums:
-                    zeros = torch.zeros(4, values.shape[1], dtype=values.dtype, device=device)
-                    sums[key] = _Sums(*zeros, torch.zeros(values.shape[1], values.shape[1], dtype=values.dtype, device=device))
+                    a, b, squares_a, squares_b = values.new_zeros(4, values.shape[1]).unbind()
+                    sums[key] = _Sums(a, b, squares_a, squares_b, values.new_zeros(values.shape[1], values.shape[1]))
                 sums[key].add(held[key], values)
     found: dict[tuple[str, ...], torch.Tensor] = {}
     for readings in plan.values():

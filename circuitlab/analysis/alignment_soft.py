@@ -69,8 +69,7 @@ def sinkhorn(symmetry: Symmetry, made: Alignment, state: State, model: torch.nn.
                                 for term, b in zip(made.terms, made.start, strict=True))
                 else:
                     loss = half.next(_middle(state, _changed(symmetry, state, lambda b, axes: _softened(b, axes, soft, symmetry.within))))
-                optimiser.zero_grad()
-                loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
+                _give(logits, loss)
             optimiser.step()
             if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
                 element = {name: _rounded(values) for name, values in logits.items()}
@@ -99,15 +98,20 @@ def straight_through(symmetry: Symmetry, made: Alignment, state: State, model: t
             element = near.element
             permuted = {name: values.detach().requires_grad_(values.is_floating_point()) for name, values in _hard(symmetry, state, element).items()}
             with torch.enable_grad():
-                half.next(_middle(state, permuted)).backward()
-            for name, values in permuted.items():
-                latent[name].grad = values.grad
+                _give(latent, half.next(_middle(state, permuted)), permuted)
             optimiser.step()
             if moved or step + 1 == steps:
                 history.append(half.seen(_middle(state, permuted)))
                 if history[-1] < best[0]:
                     best = history[-1], element
     return _kept(best, history)
+
+
+def _give(leaves: Mapping[str, torch.Tensor], loss: Any, of: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Gradients for an optimiser, of a loss for tensors of the same names; no others are touched, as ``backward`` would."""
+    wanted = {name: values for name, values in (of or leaves).items() if values.requires_grad}
+    for name, grad in zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True):
+        leaves[name].grad = grad
 
 
 def _kept(best: tuple[float, Element], history: list[float]) -> Found:

@@ -85,8 +85,8 @@ class Match(Result):
 
     def __repr__(self) -> str:
         before, after = self.distance
-        lines = [f"Match by {self.method}: {len(self.permutations)} wires permuted, {len(self.frozen)} frozen; "
-                 f"distance {before:.4g} as they were, {after:.4g} matched"]
+        count = f"{len(self.permutations)} wires permuted, {len(self.frozen)} frozen"
+        lines = [f"Match by {self.method}: {count}; distance {before:.4g} as they were, {after:.4g} matched"]
         for name, index in self.permutations.items():
             one, two = self.similarity[name]
             lines.append(f"  {name} {tuple(index.shape)}: {self.moved(name):.0%} moved, similarity {one:.2f} → {two:.2f}")
@@ -142,7 +142,7 @@ def match(
             are not finite, that have no values, or that are on different devices; an unknown method; missing batches.
         TraceError: a model cannot be traced on these inputs.
     """
-    _check(model_a, model_b, method, restarts, batches)
+    _check(model_a, model_b, method, restarts, batches, steps, rate)
     if batches is not None:
         walked.check(batches)
     if not inputs and batches is not None:
@@ -169,7 +169,7 @@ def match(
     return _told(symmetry, made, method, element, history, value, arrays.unread(model_a, symmetry.circuit))
 
 
-def _check(model_a: Any, model_b: Any, method: str, restarts: int, batches: Any) -> None:
+def _check(model_a: Any, model_b: Any, method: str, restarts: Any, batches: Any, steps: Any, rate: Any) -> None:
     if method not in METHODS:
         raise InputError(f"method={method!r} is not known; give one of {', '.join(map(repr, METHODS))}")
     for which, model in (("model_a", model_a), ("model_b", model_b)):
@@ -179,6 +179,10 @@ def _check(model_a: Any, model_b: Any, method: str, restarts: int, batches: Any)
         raise InputError("model_a and model_b are the same module: there is nothing to match; give two, such as copy.deepcopy(model)")
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
         raise InputError(f"restarts={restarts!r} must be a whole number, 0 or more")
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise InputError(f"steps={steps!r} must be a whole number, 1 or more, or None for the default")
+    if rate is not None and not rate > 0:
+        raise InputError(f"rate={rate!r} must be above 0, or None for the default")
     if batches is None and method in ("activations", "straight-through"):
         raise InputError(f"method={method!r} looks at what the models compute: give batches=, a list of batches or a DataLoader"
                          "; method='weights' needs none")

@@ -5,6 +5,7 @@ theme. Matrices are averaged down to at most `PIXELS` cells a side before they g
 """
 
 from circuitlab.plots.charts import bars, matrix
+from circuitlab.plots.landscape import match
 from circuitlab.plots.modules import (
     expert_curve,
     flows,
@@ -19,4 +20,4 @@ from circuitlab.plots.modules import (
 from circuitlab.plots.paths import collapse
 from circuitlab.plots.style import PIXELS, aggregated, colour
 
-__all__ = ["PIXELS", "aggregated", "bars", "collapse", "colour", "expert_curve", "flows", "matrix", "module_at", "neurons", "outline", "partition", "places", "timeline", "triples"]
+__all__ = ["PIXELS", "aggregated", "bars", "collapse", "colour", "expert_curve", "flows", "match", "matrix", "module_at", "neurons", "outline", "partition", "places", "timeline", "triples"]
