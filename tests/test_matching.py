@@ -81,7 +81,7 @@ def test_descent_from_the_identity_never_falls_and_finds_it_too(name):
 
     model, x, symmetry = made(name)
     other = symmetry.apply(model, symmetry.random(3))
-    state = arrays.states(model, other, symmetry.circuit)
+    state = arrays.states(model, other, symmetry)
     found = Alignment(arrays.terms(symmetry, state), *arrays.wired(symmetry))
     starts = [{}, *(symmetry.random(seed) for seed in range(20))]
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from circuitlab.analysis import batches as walked
-from circuitlab.analysis.alignment_arrays import pieces
+from circuitlab.analysis.alignment_arrays import axes_of, pieces
 from circuitlab.analysis.symmetry import Symmetry
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError
@@ -88,7 +88,7 @@ def activations(
                 found[axes] = found[axes] + made if axes in found else made
     terms: list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]] = []
     for axes, correlation in found.items():
-        shape = [symmetry.wires[wire].size for wire in axes]
+        shape = [symmetry.circuit.wires[wire].size for wire in axes]
         eye = torch.eye(len(correlation), dtype=correlation.dtype, device=correlation.device)
         terms.append((eye.reshape(*shape, -1), correlation.T.reshape(*shape, -1), (*axes, "")))
     missing = [name for name in symmetry.wires if not any(name in axes for axes in found)]
@@ -100,7 +100,8 @@ def activations(
 
 def _plan(circuit: Circuit, symmetry: Symmetry) -> dict[str, list[tuple[str, Cut, tuple[str, ...]]]]:
     """Op -> what is read of its outputs: (tensor, where and as what axes, those that are wires to be matched)."""
-    names = {frozenset(wire.places): name for name, wire in symmetry.wires.items()}
+    around = {other for name in symmetry.wires for other in (name, *symmetry.within[name])}
+    names = {frozenset(wire.places): name for name, wire in symmetry.circuit.wires.items() if name in around}
     wires = {name: names[frozenset(w.places)] for name, w in circuit.wires.items() if w.places and frozenset(w.places) in names}
     read: dict[str, set[str]] = {}
     for op in circuit.ops:
@@ -116,11 +117,12 @@ def _plan(circuit: Circuit, symmetry: Symmetry) -> dict[str, list[tuple[str, Cut
                 continue
             for cut, products in _cuts(circuit, tensor.name):
                 inside = [wire for names in products for wire in names]
-                axes = [wires[wire] for wire in inside if wire in wires]
+                counting = set(axes_of(symmetry, [wires.get(wire, "") for wire in inside])) - {""}
+                axes = [wires[wire] for wire in inside if wires.get(wire, "") in counting]
                 wanted = bool(read.get(tensor.name, set()) & set(inside)) if first else any(axis not in met for axis in axes)
                 if axes and len(set(axes)) == len(axes) and wanted:
                     # as the caller names the wires; what it does not match is "" and counts as positions
-                    named = tuple(tuple(wires.get(wire, "") for wire in names) for names in products)
+                    named = tuple(tuple(wires[w] if wires.get(w, "") in counting else "" for w in names) for names in products)
                     found.setdefault(tensor.op, []).append((tensor.name, (cut, named), tuple(axes)))
         met |= {axis for readings in found.values() for *_, axes in readings for axis in axes}
     return {op: [(tensor, _sized(symmetry, cut), axes) for tensor, cut, axes in readings] for op, readings in found.items()}
@@ -129,7 +131,7 @@ def _plan(circuit: Circuit, symmetry: Symmetry) -> dict[str, list[tuple[str, Cut
 def _sized(symmetry: Symmetry, cut: Cut) -> Any:
     """A cut whose axes are told by their sizes, -1 for positions."""
     where, products = cut
-    return where, tuple(tuple(symmetry.wires[name].size if name else -1 for name in names) for names in products)
+    return where, tuple(tuple(symmetry.circuit.wires[name].size if name else -1 for name in names) for names in products)
 
 
 def _cuts(circuit: Circuit, name: str) -> Iterator[tuple[tuple[slice, ...], tuple[tuple[str, ...], ...]]]:

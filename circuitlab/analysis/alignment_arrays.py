@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
@@ -121,7 +121,7 @@ def unread(model: torch.nn.Module, circuit: Circuit) -> tuple[str, ...]:
 # values -----------------------------------------------------------------------------------------------
 
 
-def states(model_a: torch.nn.Module, model_b: torch.nn.Module, circuit: Circuit) -> State:
+def states(model_a: torch.nn.Module, model_b: torch.nn.Module, symmetry: Symmetry) -> State:
     """Values of all parameters and buffers of the circuit that are numbers with a point.
 
     Raises:
@@ -129,14 +129,14 @@ def states(model_a: torch.nn.Module, model_b: torch.nn.Module, circuit: Circuit)
     """
     named = [{**dict(m.named_buffers(remove_duplicate=False)), **dict(m.named_parameters(remove_duplicate=False))} for m in (model_a, model_b)]
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name in circuit.parameters:
+    for name in symmetry.circuit.parameters:
         pair = tuple(values[name].detach() for values in named)
         if not (pair[0].is_floating_point() or pair[0].is_complex()):
             continue
         for which, value in zip(("model_a", "model_b"), pair, strict=True):
             if value.is_meta:
                 raise InputError(f"{name!r} of {which} is on the meta device and has no values; load weights before matching")
-            if not bool(torch.isfinite(value).all()):
+            if name in symmetry.actions and not bool(torch.isfinite(value).all()):
                 raise InputError(f"{name!r} of {which} has values that are not finite (NaN or infinity), which nothing can be matched with")
         if pair[0].device != pair[1].device:
             raise InputError(f"the models are on different devices: {name!r} on {pair[0].device} and on {pair[1].device}; move one to the other's")
@@ -146,18 +146,30 @@ def states(model_a: torch.nn.Module, model_b: torch.nn.Module, circuit: Circuit)
 
 def wired(symmetry: Symmetry) -> tuple[dict[str, int], Mapping[str, tuple[str, ...]], tuple[str, ...]]:
     """Sizes of wires, what each is within, and the names of those that can be permuted."""
-    return {name: wire.size for name, wire in symmetry.wires.items()}, symmetry.within, tuple(symmetry.wires)
+    return {name: wire.size for name, wire in symmetry.circuit.wires.items()}, symmetry.within, tuple(symmetry.wires)
+
+
+def axes_of(symmetry: Symmetry, names: Iterable[str]) -> tuple[str, ...]:
+    """The wires of an array that count: those that can be permuted, and those that they stand within; "" for others."""
+    names = tuple(names)
+    counting = {other for name in names if name in symmetry.wires for other in (name, *symmetry.within[name])}
+    return tuple(name if name in counting else "" for name in names)
+
+
+def outer_first(axes: tuple[str, ...], within: Mapping[str, tuple[str, ...]]) -> list[int]:
+    """The axes that can be permuted, in the order in which they have to be."""
+    return sorted((n for n, wire in enumerate(axes) if wire in within), key=lambda n: len(within[axes[n]]))
 
 
 def terms(symmetry: Symmetry, state: State, kinds: tuple[str, ...] = ("parameter",)) -> Iterator[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
-    """Pairs of arrays, each axis a wire that can be permuted or "", of all that has such a wire."""
+    """Pairs of arrays with their axes (see `axes_of`), of all that has a wire that can be permuted."""
     for name in symmetry.actions:
         tensor = symmetry.circuit.tensor(name)
         if name not in state or tensor.kind not in kinds:
             continue
         one, two = (_plain(value) for value in state[name])
         for cut, names in pieces(symmetry.circuit, tensor):
-            axes = tuple(wire if wire in symmetry.wires else "" for wire in names)
+            axes = axes_of(symmetry, names)
             if any(axes):
                 shape = [symmetry.circuit.wires[wire].size for wire in names] + list(one.shape[len(tensor.shape):])
                 yield one[cut].reshape(shape), two[cut].reshape(shape), axes + ("",) * (len(shape) - len(axes))
@@ -241,6 +253,6 @@ def _larger(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
 
 def _permuted(value: torch.Tensor, axes: tuple[str, ...], element: Element, within: Mapping[str, tuple[str, ...]]) -> torch.Tensor:
     """An array with an element applied."""
-    for n in sorted((n for n, wire in enumerate(axes) if wire), key=lambda n: len(within[axes[n]])):
+    for n in outer_first(axes, within):
         value = taken(value, axes, n, element[axes[n]], within[axes[n]])
     return value

@@ -16,7 +16,7 @@ import torch
 
 from circuitlab.analysis import batches as walked
 from circuitlab.analysis.alignment import Alignment, Element, assigned, taken
-from circuitlab.analysis.alignment_arrays import State, pieces, terms, wired
+from circuitlab.analysis.alignment_arrays import State, axes_of, outer_first, pieces, terms, wired
 from circuitlab.analysis.symmetry import Symmetry
 from circuitlab.errors import InputError
 
@@ -183,7 +183,7 @@ def _changed(symmetry: Symmetry, state: State, change: Any) -> dict[str, torch.T
         if name in symmetry.actions:
             made = b.clone()
             for cut, names in pieces(symmetry.circuit, symmetry.circuit.tensor(name)):
-                axes = tuple(wire if wire in symmetry.wires else "" for wire in names)
+                axes = axes_of(symmetry, names)
                 if any(axes):
                     part = b[cut].reshape([symmetry.circuit.wires[wire].size for wire in names])
                     made[cut] = change(part, axes).reshape(b[cut].shape).to(b.dtype)
@@ -193,15 +193,11 @@ def _changed(symmetry: Symmetry, state: State, change: Any) -> dict[str, torch.T
 
 def _hard(symmetry: Symmetry, state: State, element: Element) -> dict[str, torch.Tensor]:
     def change(part: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
-        for n in _outer_first(axes, symmetry.within):
+        for n in outer_first(axes, symmetry.within):
             part = taken(part, axes, n, element[axes[n]], symmetry.within[axes[n]])
         return part
 
     return _changed(symmetry, state, change)
-
-
-def _outer_first(axes: tuple[str, ...], within: Mapping[str, tuple[str, ...]]) -> list[int]:
-    return sorted((n for n, wire in enumerate(axes) if wire), key=lambda n: len(within[axes[n]]))
 
 
 # soft permutations ------------------------------------------------------------------------------------
@@ -259,7 +255,7 @@ def _softened(
     values: torch.Tensor, axes: tuple[str, ...], soft: Mapping[str, torch.Tensor], within: Mapping[str, tuple[str, ...]]
 ) -> torch.Tensor:
     """An array with soft permutations applied to its wires; within others, by the new index of those."""
-    for n in _outer_first(axes, within):
+    for n in outer_first(axes, within):
         around = [axes.index(other) for other in within[axes[n]]]
         rest = [m for m in range(values.ndim) if m != n and m not in around]
         order = [*around, *rest, n]

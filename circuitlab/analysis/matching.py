@@ -150,7 +150,7 @@ def match(
     else:
         args, kwargs = inputs, {}
     symmetry = arrays.common(model_a, model_b, args, kwargs)
-    state = arrays.states(model_a, model_b, symmetry.circuit)
+    state = arrays.states(model_a, model_b, symmetry)
     generator = torch.Generator().manual_seed(seed)
     made = Alignment(arrays.terms(symmetry, state), *arrays.wired(symmetry), tolerance)
     if method == "weights":
