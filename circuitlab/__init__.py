@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from circuitlab.analysis.expert_curve import expert_curve as expert_curve
     from circuitlab.analysis.experts import to_moe as to_moe
     from circuitlab.analysis.landscape import interpolate as interpolate
+    from circuitlab.analysis.matching import match as match
     from circuitlab.analysis.modularity import partition as partition
     from circuitlab.analysis.neurons import observe as observe
     from circuitlab.circuit import Circuit as Circuit
@@ -29,11 +30,12 @@ _WHERE = {
     "explore": "circuitlab.widgets.lab",
     "interpolate": "circuitlab.analysis.landscape",
     "load": "circuitlab.circuit",
+    "match": "circuitlab.analysis.matching",
     "observe": "circuitlab.analysis.neurons",
     "partition": "circuitlab.analysis.modularity",
     "to_moe": "circuitlab.analysis.experts",
 }
-__all__ = ["Circuit", "CircuitlabError", "expert_curve", "explore", "interpolate", "load", "observe", "partition", "to_moe", "trace"]
+__all__ = ["Circuit", "CircuitlabError", "expert_curve", "explore", "interpolate", "load", "match", "observe", "partition", "to_moe", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ theme. Matrices are averaged down to at most `PIXELS` cells a side before they g
 """
 
 from circuitlab.plots.charts import bars, matrix
-from circuitlab.plots.landscape import layer_paths, path
+from circuitlab.plots.landscape import layer_paths, match, path
 from circuitlab.plots.modules import (
     expert_curve,
     flows,
@@ -29,6 +29,7 @@ __all__ = [
     "expert_curve",
     "flows",
     "layer_paths",
+    "match",
     "matrix",
     "module_at",
     "neurons",

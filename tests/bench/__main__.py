@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import circuitlab as cl
 from circuitlab.gallery.llama import Llama
-from tests.bench import modularity, neurons, sweep
+from tests.bench import matching, modularity, neurons, sweep
 from tests.bench.browser import frames
 from tests.ui.conftest import FLAGS
 
@@ -122,6 +122,13 @@ def modules():
         print("k-means-constrained is not installed")
 
 
+def matched_models():
+    try:
+        matching.rows(best, row)
+    except ImportError:
+        print("rebasin is not installed")
+
+
 def frame_times():
     browser = shutil.which("chromium")
     if browser is None:
@@ -143,7 +150,7 @@ def sweeps():
 
 
 if __name__ == "__main__":
-    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules, observed_neurons, sweeps):
+    for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules, observed_neurons, sweeps, matched_models):
         run()
     if "--write" in sys.argv:
         lines = ["# Benchmarks", "", "Written by `make bench ARGS=--write`; each is a ratio or a bound within one run.", "",
