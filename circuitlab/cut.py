@@ -353,7 +353,7 @@ class _Resized:
                 entries, size = self.kept[op.inputs[0]][dim], self.whole.tensor(op.inputs[0]).shape[dim]
                 if isinstance(item, ast.Slice) and entries is not None:
                     ends = [_value(end) if isinstance(end, (ast.Constant, ast.UnaryOp)) else None for end in (item.lower, item.upper)]
-                    start, stop, _ = slice(*ends).indices(size)
+                    start, stop, _ = slice(ends[0], ends[1]).indices(size)
                     if ends[1] is None and item.upper is not None:  # the size of the result
                         stop = next((label[1] for label in op.attrs.get("index", ()) if isinstance(label, tuple) and label[0] == start), stop)
                     moved[start, stop] = (_at(entries, start), _at(entries, stop))

@@ -157,7 +157,7 @@ _NO_SIZES = frozenset("training kernel_size stride padding dilation output_paddi
 def _known_sizes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of torch's own modules that are sizes of their parameters."""
     weight = getattr(module, "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+    shape: tuple[int, ...] = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
     if isinstance(module, nn.Linear):
         yield from (("out_features", shape[0]), ("in_features", shape[1]))
     elif isinstance(module, nn.Bilinear):
