@@ -111,9 +111,9 @@ class Compiled(_Holder):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the traced module's forward."""
-        given = self.named(args, kwargs)
+        given = self._bound(args, kwargs)
         try:
-            found = self.run(*(given[name] for name in self._inputs))
+            found = self._outputs(*(given[name] for name in self._inputs))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             now = {name: tuple(given[name].shape) for name in self._inputs}
             if now == self._shapes:
@@ -122,7 +122,7 @@ class Compiled(_Holder):
                              f"run with {now}: {error}\nSome size is a number in the code; trace with these shapes") from error
         return _nested(dict(zip(self._returns, found, strict=True)))
 
-    def named(self, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+    def _bound(self, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
         """The tensors among arguments of ``forward``, by the names of the circuit's inputs."""
         given = dict(named_inputs(self._signature, args, kwargs) if self._whole else zip(self._inputs, args, strict=False))
         missing = [name for name in self._inputs if name not in given]
@@ -130,7 +130,7 @@ class Compiled(_Holder):
             raise InputError(f"{self.title} was traced with the tensors {list(self._inputs)}, and is given {list(given)}")
         return given
 
-    def run(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    def _outputs(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """The circuit's outputs, of its inputs in their order."""
         return self._run[0](self, *inputs)
 

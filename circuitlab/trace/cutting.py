@@ -246,13 +246,13 @@ class _Run(nn.Module):
         self.compiled = compiled
 
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        return self.compiled.run(*inputs)
+        return self.compiled._outputs(*inputs)
 
 
 def _check(compiled: Compiled, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run what was compiled, and compare the shapes of what it gives."""
     circuit, given = cut.circuit, bool(args or kwargs)
-    named = compiled.named(args, kwargs) if given else dict(zip(circuit.inputs, _inputs(circuit), strict=True))
+    named = compiled._bound(args, kwargs) if given else dict(zip(circuit.inputs, _inputs(circuit), strict=True))
     try:
         _, made = record(_Run(compiled), tuple(named[name] for name in circuit.inputs), {}, meta=not given)
     except RunError as error:
