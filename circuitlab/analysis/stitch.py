@@ -40,7 +40,7 @@ class StitchReport(Result):
         positions: that it was fitted on.
         rank: of the features before the stitch (with the constant, if there is a bias).
         error: share of the variance of the second network's features that the stitch leaves unexplained, 1 - R².
-        loss, loss_a, loss_b: of the stitched network and the two; NaN where no loss was asked for.
+        loss, loss_a, loss_b: of the stitched network and the two; None where no loss was asked for.
     """
 
     place_a: str
@@ -49,9 +49,9 @@ class StitchReport(Result):
     positions: int
     rank: int
     error: float
-    loss: float = math.nan
-    loss_a: float = math.nan
-    loss_b: float = math.nan
+    loss: float | None = None
+    loss_a: float | None = None
+    loss_b: float | None = None
 
 
 class Stitch(nn.Module):
@@ -310,7 +310,7 @@ def stitch(
         weight, offset, rank, left, spread = fit.solve(ridge)
         made = a.join(b, place_a, place_b, (weight, offset)).to(walked.device_of(a.model))
         losses = [
-            mean_loss(model, loss, batches, like=like, progress=progress, what="loss")
+            None if loss is None else mean_loss(model, loss, batches, like=like, progress=progress, what="loss")
             for model, like in ((made, a.model), (a.model, a.model), (b.model, b.model))
         ]
     made.report = StitchReport(place_a.name, place_b.name, (place_a.size, place_b.size), fit.rows, rank, unexplained(left, spread), *losses)
