@@ -340,6 +340,7 @@ class _Resized:
 
     def sliced(self, op: Op, changed: dict[str, Any]) -> str:
         """Slices of a dimension: from and to where their entries are now."""
+        read = op.inputs[0]
         if not op.call.startswith("$0[") or len(op.inputs) > 1:
             return op.call
         node = cast("ast.Subscript", _parsed(op.call))
@@ -348,9 +349,9 @@ class _Resized:
         dim, moved = 0, dict[tuple[int, int], tuple[int, int]]()
         for item in items:
             if isinstance(item, ast.Constant) and item.value is Ellipsis:
-                dim += len(self.shape[op.inputs[0]]) - len(plain)
+                dim += len(self.shape[read]) - len(plain)
             elif not (isinstance(item, ast.Constant) and item.value is None):
-                entries, size = self.kept[op.inputs[0]][dim], self.whole.tensor(op.inputs[0]).shape[dim]
+                entries, size = self.kept[read][dim], self.whole.tensor(read).shape[dim]
                 if isinstance(item, ast.Slice) and entries is not None:
                     ends = [_value(end) if isinstance(end, (ast.Constant, ast.UnaryOp)) else None for end in (item.lower, item.upper)]
                     start, stop, _ = slice(ends[0], ends[1]).indices(size)

@@ -212,7 +212,7 @@ def test_least_squares_does_not_depend_on_batches_and_takes_dependent_features()
         fit = LeastSquares(bias=True)
         for a, b in zip(x.split(pieces), y.double().split(pieces), strict=True):
             fit.add(a, b)
-            fit._flush()
+            fit._taken()
         weight, offset, rank, left, spread = fit.solve(0.0)
         assert rank == 8 and fit.rows == 500  # 6, one almost the same, none, the constant
         solutions.append(x @ weight + offset)

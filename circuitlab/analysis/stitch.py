@@ -103,48 +103,60 @@ class Stitched(nn.Module):
         return self.back(self.stitch(self.front._outputs(*inputs)[0]), *more)
 
 
+@dataclass
+class _Sums:
+    """What is left of rows: a triangular factor of x, y in its terms, and squares."""
+
+    factor: torch.Tensor  # (k, features before)
+    image: torch.Tensor  # (k, features after)
+    rest: torch.Tensor  # squares of y that no map can explain
+    mean: torch.Tensor
+    spread: torch.Tensor  # squares of y about the mean
+
+
 class LeastSquares:
     """Linear maps from some features to others, by least squares over rows that come in batches.
 
     The rows are not kept, but a triangular factor of them (a QR decomposition, updated), in double precision: unlike normal
     equations, this loses nothing where features are nearly dependent.
+
+    Attributes:
+        rows: their number.
     """
 
     def __init__(self, bias: bool) -> None:
         self.bias = bias
-        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.factor: torch.Tensor | None = None  # (k, features before)
-        self.image: torch.Tensor | None = None  # (k, features after)
-        self.rest: torch.Tensor | None = None  # what no map can explain, summed squares
-        self.mean: torch.Tensor | None = None
-        self.spread: torch.Tensor | None = None  # summed squares about the mean
         self.rows = 0
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._sums: _Sums | None = None
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Rows (n, features before) and (n, features after)."""
-        for a, b in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
-            self.held.append((a, b))
-            if sum(len(held) for held, _ in self.held) >= max(2 * x.shape[1], _ROWS // 2):
-                self._flush()
+        for pair in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
+            self._held.append(pair)
+            if sum(len(held) for held, _ in self._held) >= max(2 * x.shape[1], _ROWS // 2):
+                self._taken()
 
-    def _flush(self) -> None:
-        if not self.held:
-            return
-        x, y = (torch.cat([pair[side] for pair in self.held]).to(torch.float64) for side in (0, 1))
-        self.held = []
+    def _taken(self) -> _Sums:
+        """The sums, with the rows that were held taken in."""
+        if not self._held:
+            assert self._sums is not None
+            return self._sums
+        x, y = (torch.cat([pair[side] for pair in self._held]).to(torch.float64) for side in (0, 1))
+        self._held = []
         if self.bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        if self.factor is None or self.image is None or self.rest is None or self.mean is None or self.spread is None:
-            self.factor, self.image, self.rest = x[:0], y[:0], y.new_zeros(y.shape[1])
-            self.mean, self.spread = y.mean(0), y.new_zeros(y.shape[1])
-        total, gap = self.rows + len(y), y.mean(0) - self.mean
-        self.spread += (y - y.mean(0)).square().sum(0) + gap.square() * (self.rows * len(y) / total)
-        self.mean += gap * (len(y) / total)
-        self.rows = total
-        x, y = torch.cat([self.factor, x]), torch.cat([self.image, y])
-        q, self.factor = torch.linalg.qr(x)
-        self.image = q.T @ y
-        self.rest += (y - q @ self.image).square().sum(0)
+        none = y.new_zeros(y.shape[1])
+        old = self._sums or _Sums(x[:0], y[:0], none, none, none)
+        before, self.rows = self.rows, self.rows + len(y)
+        gap = y.mean(0) - old.mean
+        spread = old.spread + (y - y.mean(0)).square().sum(0) + gap.square() * (before * len(y) / self.rows)
+        mean = old.mean + gap * (len(y) / self.rows)
+        x, y = torch.cat([old.factor, x]), torch.cat([old.image, y])
+        q, factor = torch.linalg.qr(x)
+        image = q.T @ y
+        self._sums = _Sums(factor, image, old.rest + (y - q @ image).square().sum(0), mean, spread)
+        return self._sums
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor | None, int, torch.Tensor, torch.Tensor]:
         """The map of the least mean square error, plus ridge times the squares of its weights; of several, the smallest.
@@ -153,9 +165,8 @@ class LeastSquares:
             weight (features before, features after), bias, rank, and for each feature after, summed squares that are left
             and those about the mean.
         """
-        self._flush()
-        assert self.factor is not None and self.image is not None and self.rest is not None and self.spread is not None
-        factor, image = self.factor, self.image
+        sums = self._taken()
+        factor, image = sums.factor, sums.image
         k = factor.shape[1] - self.bias
         if ridge:
             penalty = torch.eye(k, factor.shape[1], dtype=factor.dtype, device=factor.device) * math.sqrt(ridge * self.rows)
@@ -163,8 +174,8 @@ class LeastSquares:
         u, s, vh = torch.linalg.svd(factor, full_matrices=False)
         rank = int((s > s[0] * torch.finfo(s.dtype).eps * max(factor.shape)).sum()) if len(s) else 0
         whole = vh[:rank].T @ ((u[:, :rank].T @ image) / s[:rank, None])
-        left = self.rest + (self.image - self.factor @ whole).square().sum(0)
-        return whole[:k], whole[k] if self.bias else None, rank, left, self.spread
+        left = sums.rest + (sums.image - sums.factor @ whole).square().sum(0)
+        return whole[:k], whole[k] if self.bias else None, rank, left, sums.spread
 
 
 class Side:

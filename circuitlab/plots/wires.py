@@ -33,7 +33,7 @@ def width_curve(curve: Any, against: str = "width") -> go.Figure:
         if x[-1] != end:
             x, means, low, high = [*x, end], [*means, curve.whole], [*low, curve.whole], [*high, curve.whole]
         if any(len(values) > 1 for values in draws):
-            figure.add_trace(go.Scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=faded(colour(number)), opacity=0.4,
+            figure.add_trace(go.Scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], mode="lines", fill="toself", fillcolor=faded(colour(number)), opacity=0.4,
                                         line={"width": 0}, hoverinfo="skip", showlegend=False))
         figure.add_trace(go.Scatter(
             x=x, y=means, mode="lines+markers", name={"first": "the first", "norm": "the largest", "random": "random"}.get(way, way),

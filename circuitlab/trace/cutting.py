@@ -8,6 +8,7 @@ traced, and has to do what the smaller circuit says, call by call. If it does no
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,9 @@ from circuitlab.circuit import Circuit, Op
 from circuitlab.cut import Cut
 from circuitlab.errors import CircuitlabError, InputError, VerificationError
 from circuitlab.trace.compile import Compiled
-from circuitlab.trace.guard import copy_model, own
-from circuitlab.trace.record import RunError, record, trace
+from circuitlab.trace.events import tensors_in
+from circuitlab.trace.guard import copy_model, own, random_state
+from circuitlab.trace.record import trace
 
 
 def apply(cut: Cut, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -29,8 +31,8 @@ def apply(cut: Cut, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     Args:
         cut: of a circuit that was traced from this model.
         model: is not changed, and nothing is shared with it.
-        *args, **kwargs: inputs of the traced shapes, to check the result on. They are needed only if the module does
-            not run on the meta device, or takes other arguments than tensors.
+        *args, **kwargs: the inputs that it was traced with. The copy is tried on them; without them, on tensors of
+            their shapes without numbers, which will not do if it takes other arguments too.
 
     Returns:
         a copy of the model, of its own class, if that does just what the smaller circuit says; otherwise a
@@ -49,9 +51,8 @@ def apply(cut: Cut, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         _tell_sizes(cut, made, others=others)
         if _does(made, cut.circuit, args, kwargs):
             return made
-    compiled = Compiled(cut.circuit, _sliced(model, index))
-    _check(compiled, cut, args, kwargs)
-    return compiled.train(model.training)
+    _check(cut)
+    return Compiled(cut.circuit, _sliced(model, index)).train(model.training)
 
 
 def state(cut: Cut, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -157,7 +158,7 @@ _NO_SIZES = frozenset("training kernel_size stride padding dilation output_paddi
 def _known_sizes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of torch's own modules that are sizes of their parameters."""
     weight = getattr(module, "weight", None)
-    shape: tuple[int, ...] = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+    shape = list(weight.shape) if isinstance(weight, torch.Tensor) else list[int]()
     if isinstance(module, nn.Linear):
         yield from (("out_features", shape[0]), ("in_features", shape[1]))
     elif isinstance(module, nn.Bilinear):
@@ -174,7 +175,7 @@ def _known_sizes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     elif isinstance(module, nn.GroupNorm) and shape:
         yield ("num_channels", shape[0])
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and shape:
-        yield ("normalized_shape", shape)
+        yield ("normalized_shape", tuple(shape))
     elif isinstance(module, nn.PReLU):
         yield ("num_parameters", shape[0])
 
@@ -238,28 +239,38 @@ def _written(call: str) -> str:
         return call
 
 
-class _Run(nn.Module):
-    """A compiled circuit that takes its inputs, and gives its outputs, in order."""
+def _check(cut: Cut) -> None:
+    """Run each call that is told of other sizes, on arrays without numbers, and compare the shapes of what it gives.
 
-    def __init__(self, compiled: Compiled) -> None:
-        super().__init__()
-        self.compiled = compiled
+    A call that does not run so on the whole circuit's shapes either (it needs numbers) is not tested.
+    """
+    for op, whole in zip(cut.circuit.ops, cut.source.ops, strict=True):
+        names = (*op.inputs, *op.outputs)
+        if any(cut.circuit.tensor(name).shape != cut.source.tensor(name).shape for name in names) and op.fn not in _TOLD_BY_WIRES:
+            wanted = [cut.circuit.tensor(name).shape for name in op.outputs]
+            found = _shapes(cut.circuit, op)
+            if found != wanted and _shapes(cut.source, whole) == [cut.source.tensor(name).shape for name in op.outputs]:
+                got = f"gives shapes {found} where {wanted} are wanted" if isinstance(found, list) else f"does not run: {found}"
+                raise InputError(f"{cut!r} cannot be run: {op.fn} in {op.name!r}{f' ({op.source})' if op.source else ''} {got}. Some size "
+                                 "is a number in its call, which does not follow")
 
-    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        return self.compiled._outputs(*inputs)
+
+_TOLD_BY_WIRES = frozenset("view reshape flatten unflatten ravel squeeze unsqueeze permute transpose expand".split())
+"""Re-indexing, which is compiled from wires, not from the call."""
 
 
-def _check(compiled: Compiled, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run what was compiled, and compare the shapes of what it gives."""
-    circuit, given = cut.circuit, bool(args or kwargs)
-    named = compiled._bound(args, kwargs) if given else dict(zip(circuit.inputs, _inputs(circuit), strict=True))
+def _shapes(circuit: Circuit, op: Op) -> list[tuple[int, ...]] | str:
+    """Shapes of what a call gives, on the meta device; or why it does not run."""
+    given = {
+        f"_operand_{n}": torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+        for n, tensor in enumerate(map(circuit.tensor, op.inputs))
+    }
+    text = re.sub(r"\$\[(\d+):(\d+)\]", lambda found: str(circuit.tensor(op.outputs[int(found[1])]).shape[int(found[2])]), op.call)
+    text = re.sub(r"\$(\d+)", r"_operand_\1", text.replace("$device", "'meta'").replace("$out", "_out"))
+    names: dict[str, Any] = {"torch": torch, "F": nn.functional, "expect": lambda now, traced: None, **given}
     try:
-        _, made = record(_Run(compiled), tuple(named[name] for name in circuit.inputs), {}, meta=not given)
-    except RunError as error:
-        hint = "" if given else "; if it needs numbers to run, give apply the inputs: cut.apply(model, *inputs)"
-        raise InputError(f"{cut!r} cannot be run: {error}. Some size is a number in the code that does not follow{hint}") from error
-    shapes = [tuple(tensor.shape) for tensor in made]
-    wanted = [circuit.tensor(name).shape for name in circuit.outputs]
-    if shapes != wanted:
-        raise InputError(f"{cut!r} gives outputs of shapes {shapes}, and the circuit says {wanted}: some size is a number in "
-                         "the code that does not follow")
+        with torch.no_grad(), random_state():
+            exec(text if "_out" in text else f"_out = {text}", names)  # noqa: S102
+    except Exception as error:
+        return str(error)
+    return [tuple(tensor.shape) for _, tensor in tensors_in(names.get("_out"), torch.Tensor)][: len(op.outputs)]
