@@ -90,7 +90,7 @@ class Stitched(nn.Module):
 
     report: StitchReport
 
-    def __init__(self, front: Compiled, stitch: Stitch, back: Compiled, extra: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, front: Compiled, stitch: Stitch, back: Compiled, extra: Sequence[int]) -> None:
         super().__init__()
         self.front, self.stitch, self.back = front, stitch, back
         self._extra = tuple(extra)
@@ -99,8 +99,7 @@ class Stitched(nn.Module):
         """As the first network's forward; the outputs of the second."""
         given = self.front._bound(args, kwargs)
         inputs = [given[name] for name in self.front._inputs]
-        more = [given[name] if name in given else inputs[number] for name, number in self._extra]
-        return self.back(self.stitch(self.front._outputs(*inputs)[0]), *more)
+        return self.back(self.stitch(self.front._outputs(*inputs)[0]), *(inputs[number] for number in self._extra))
 
 
 @dataclass
@@ -199,26 +198,42 @@ class Side:
         """A module of the model's outputs from the features at a place, and some of its inputs."""
         return Compiled(after(self.circuit, place.tensor), self.model)
 
-    def features(self, front: Compiled, places: Sequence[Place], batch: Any) -> list[torch.Tensor]:
-        """The features at places, as last axis."""
+    def run(self, front: Compiled, batch: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What a front gives of a batch, and the inputs in it."""
         args, kwargs = walked.inputs_of(self.model, batch)
         given = front._bound(args, kwargs)
-        found = front._outputs(*(given[name] for name in front._inputs))
-        return [tensor.movedim(place.dim, -1) for tensor, place in zip(found, places, strict=True)]
+        inputs = [given[name] for name in front._inputs]
+        return front._outputs(*inputs), inputs
 
-    def join(self, other: Side, place_a: Place, place_b: Place, found: tuple[torch.Tensor, torch.Tensor | None]) -> Stitched:
-        """This network's front and another's back, joined by a weight (before, after) and a bias."""
-        back = other.back(place_b)
-        extra = [(name, other.circuit.inputs.index(name)) for name in back._inputs[1:]]
-        missing = [name for name, number in extra if name not in self.circuit.inputs and number >= len(self.circuit.inputs)]
-        if missing:
-            raise InputError(f"what comes after {place_b.name!r} in {other.circuit.title} needs the input {missing[0]!r}, and "
-                             f"{self.circuit.title} takes {list(self.circuit.inputs)}")
-        kinds = [getattr(torch, side.circuit.tensor(place.tensor).dtype) for side, place in ((self, place_a), (other, place_b))]
-        weight, bias = (None if part is None else part.to(kinds[0]).contiguous() for part in found)
-        assert weight is not None
-        stitch = Stitch(weight.T.contiguous(), bias, (place_a.dim, place_b.dim), kinds[1])
-        return Stitched(self.front([place_a]), stitch, back, extra)
+    def features(self, front: Compiled, places: Sequence[Place], batch: Any) -> list[torch.Tensor]:
+        """The features at places, as last axis."""
+        return [tensor.movedim(place.dim, -1) for tensor, place in zip(self.run(front, batch)[0], places, strict=True)]
+
+    def also(self, other: Side, back: Compiled) -> list[int]:
+        """Which of this network's inputs another's back takes besides features: those of the same name, or number.
+
+        Raises:
+            InputError: there is none.
+        """
+        found: list[int] = []
+        for name in back._inputs[1:]:
+            mine = self.circuit.inputs
+            number = mine.index(name) if name in mine else other.circuit.inputs.index(name)
+            if number >= len(mine):
+                raise InputError(f"what comes after the place in {other.circuit.title} needs the input {name!r}, and "
+                                 f"{self.circuit.title} takes {list(mine)}")
+            found.append(number)
+        return found
+
+    def stitch(
+        self, other: Side, place_a: Place, place_b: Place, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> Stitch:
+        """A map between two networks' features, of a weight (before, after) and a bias."""
+        before, after = (
+            getattr(torch, side.circuit.tensor(place.tensor).dtype) for side, place in ((self, place_a), (other, place_b))
+        )
+        moved = weight.T.to(walked.device_of(self.model), before).contiguous()
+        return Stitch(moved, None if bias is None else bias.to(moved).clone(), (place_a.dim, place_b.dim), after)
 
 
 def rows(features: torch.Tensor, place: Place) -> torch.Tensor:
@@ -237,10 +252,10 @@ def misfit(a: torch.Tensor, b: torch.Tensor, place_a: Place, place_b: Place) -> 
             "(examples, and where in them): a stitch maps features position by position, so these must be the same")
 
 
-def mean_loss(model: nn.Module, loss: Any, batches: Any, *, like: nn.Module, progress: bool, what: str) -> float:
-    """The loss over all examples of a network that takes what another does; NaN if no loss is asked for."""
+def mean_loss(model: nn.Module, loss: Any, batches: Any, *, like: nn.Module, progress: bool, what: str) -> float | None:
+    """The loss over all examples of a network that takes what another does; None if no loss is asked for."""
     if loss is None:
-        return math.nan
+        return None
     measure, total, weight = walked.loss_of(loss), 0.0, 0
     for _, batch in walked.walk(batches, walked.device_of(model), what=what, progress=progress):
         args, kwargs = walked.inputs_of(like, batch)
@@ -308,7 +323,7 @@ def stitch(
     """
     a, b = sides(model_a, model_b, batches, ridge)
     place_a, place_b = find(a.circuit, wire_a), find(b.circuit, wire_b)
-    after(b.circuit, place_b.tensor)
+    after(b.circuit, place_b.tensor)  # there has to be something
     fit = LeastSquares(bias)
     with random_state(), torch.no_grad():
         front_a, front_b = a.front([place_a]), b.front([place_b])
@@ -319,9 +334,10 @@ def stitch(
                 raise InputError(why)
             fit.add(rows(x, place_a), rows(y, place_b))
         weight, offset, rank, left, spread = fit.solve(ridge)
-        made = a.join(b, place_a, place_b, (weight, offset)).to(walked.device_of(a.model))
+        back = b.back(place_b)
+        made = Stitched(front_a, a.stitch(b, place_a, place_b, weight, offset), back, a.also(b, back))
         losses = [
-            None if loss is None else mean_loss(model, loss, batches, like=like, progress=progress, what="loss")
+            mean_loss(model, loss, batches, like=like, progress=progress, what="loss")
             for model, like in ((made, a.model), (a.model, a.model), (b.model, b.model))
         ]
     made.report = StitchReport(place_a.name, place_b.name, (place_a.size, place_b.size), fit.rows, rank, unexplained(left, spread), *losses)

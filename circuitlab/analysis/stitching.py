@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from circuitlab.analysis import batches as walked
 from circuitlab.analysis.places import Place, find, layers
 from circuitlab.analysis.results import Result
-from circuitlab.analysis.stitch import LeastSquares, Side, mean_loss, misfit, rows, sides, unexplained
+from circuitlab.analysis.stitch import LeastSquares, Side, Stitch, mean_loss, misfit, rows, sides, unexplained
 from circuitlab.errors import InputError
 from circuitlab.frames import frame
+from circuitlab.trace.compile import Compiled
 from circuitlab.trace.guard import random_state
 
 
@@ -31,7 +32,7 @@ class StitchingMatrix(Result):
         error: float64 (rows, columns), share of the variance of the second's features that the stitch leaves unexplained;
             NaN where positions differ.
         loss: float64 (rows, columns), of the stitched networks; NaN where positions differ, or no loss was asked for.
-        loss_a, loss_b: of the two networks.
+        loss_a, loss_b: of the two networks; None where no loss was asked for.
     """
 
     titles: tuple[str, str]
@@ -39,12 +40,12 @@ class StitchingMatrix(Result):
     columns: tuple[str, ...]
     error: NDArray[np.float64]
     loss: NDArray[np.float64]
-    loss_a: float
-    loss_b: float
+    loss_a: float | None
+    loss_b: float | None
 
     def to_frame(self) -> Any:
         """One row for each pair: front, back, error, loss, increase over the worse of the two networks."""
-        worse = max(self.loss_a, self.loss_b)
+        worse = math.nan if self.loss_a is None or self.loss_b is None else max(self.loss_a, self.loss_b)
         found = [
             {"front": front, "back": back, "error": self.error[i, j], "loss": self.loss[i, j], "increase": self.loss[i, j] - worse}
             for i, front in enumerate(self.rows) for j, back in enumerate(self.columns)
@@ -60,7 +61,7 @@ class StitchingMatrix(Result):
 
     def __repr__(self) -> str:
         fits = int(np.isfinite(self.error).sum())
-        told = "" if math.isnan(self.loss_a) else f", losses of the two {self.loss_a:.4g} and {self.loss_b:.4g}, of stitched ones from {np.nanmin(self.loss):.4g}"
+        told = "" if self.loss_a is None else f", losses of the two {self.loss_a:.4g} and {self.loss_b:.4g}, of stitched ones from {np.nanmin(self.loss):.4g}"
         return f"StitchingMatrix({len(self.rows)} × {len(self.columns)} places, {fits} pairs fit{told})"
 
 
@@ -99,8 +100,9 @@ def stitching_matrix(
     if not ours or not theirs:
         raise InputError("places_a and places_b must name at least one place each")
     with random_state(), torch.no_grad():
-        fits, why = _fitted(a, b, ours, theirs, batches, bias, progress)
-        error, maps = np.full((len(ours), len(theirs)), np.nan), dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor | None]]()
+        front_a = a.front(ours)
+        fits, why = _fitted(a, b, ours, theirs, batches, bias, front_a, progress)
+        error, maps = np.full((len(ours), len(theirs)), np.nan), dict[tuple[int, int], Stitch]()
         for i, (fit, fitting) in enumerate(fits):
             if fitting:
                 weight, offset, _, left, spread = fit.solve(ridge)
@@ -108,27 +110,36 @@ def stitching_matrix(
                 for j in fitting:
                     part = slice(start, start := start + theirs[j].size)
                     error[i, j] = unexplained(left[part], spread[part])
-                    maps[i, j] = (weight[:, part], None if offset is None else offset[part])
+                    maps[i, j] = a.stitch(b, ours[i], theirs[j], weight[:, part], None if offset is None else offset[part])
         if not maps:
             raise InputError(f"no pair of places can be stitched: {why}")
+        shown = batches if test is None else test
         values = np.full(error.shape, np.nan)
         if loss is not None:
-            device = walked.device_of(a.model)
-            for number, ((i, j), found) in enumerate(maps.items()):
-                joined = a.join(b, ours[i], theirs[j], found).to(device)
-                values[i, j] = mean_loss(joined, loss, test or batches, like=a.model, progress=progress, what=f"stitched {number + 1} of {len(maps)}")
-        losses = [mean_loss(side.model, loss, test or batches, like=side.model, progress=progress, what="loss") for side in (a, b)]
+            backs = [b.back(place) for place in theirs]
+            extras = [a.also(b, back) for back in backs]
+            measure, weights = walked.loss_of(loss), np.zeros(error.shape)
+            values[tuple(np.array(list(maps)).T)] = 0
+            for _, batch in walked.walk(shown, walked.device_of(a.model), what="loss of stitched networks", progress=progress):
+                features, inputs = a.run(front_a, batch)
+                for (i, j), made in maps.items():
+                    output = backs[j](made(features[i]), *(inputs[number] for number in extras[j]))
+                    n = walked.weight_of(loss, batch, output)
+                    values[i, j] += float(measure(output, batch)) * n
+                    weights[i, j] += n
+            values /= np.maximum(weights, 1)
+        losses = [mean_loss(side.model, loss, shown, like=side.model, progress=progress, what="loss") for side in (a, b)]
     names = [tuple(place.name for place in places) for places in (ours, theirs)]
     return StitchingMatrix((a.circuit.title, b.circuit.title), names[0], names[1], error, values, losses[0], losses[1])
 
 
 def _fitted(
-    a: Side, b: Side, ours: list[Place], theirs: list[Place], batches: Any, bias: bool, progress: bool
+    a: Side, b: Side, ours: list[Place], theirs: list[Place], batches: Any, bias: bool, front_a: Compiled, progress: bool
 ) -> tuple[list[tuple[LeastSquares, list[int]]], str]:
     """For each of our places a fit to all of theirs that have the same positions, and which those are."""
     fits: list[tuple[LeastSquares, list[int]]] = []
     why = ""
-    front_a, front_b = a.front(ours), b.front(theirs)
+    front_b = b.front(theirs)
     for _, batch in walked.walk(batches, walked.device_of(a.model), what="fitting stitches", progress=progress):
         before, after = a.features(front_a, ours, batch), b.features(front_b, theirs, batch)
         for i, x in enumerate(before):
