@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from circuitlab.analysis.matching import match as match
     from circuitlab.analysis.modularity import partition as partition
     from circuitlab.analysis.neurons import observe as observe
+    from circuitlab.analysis.stitch import stitch as stitch
     from circuitlab.circuit import Circuit as Circuit
     from circuitlab.circuit import load as load
     from circuitlab.errors import CircuitlabError as CircuitlabError
@@ -33,9 +34,10 @@ _WHERE = {
     "match": "circuitlab.analysis.matching",
     "observe": "circuitlab.analysis.neurons",
     "partition": "circuitlab.analysis.modularity",
+    "stitch": "circuitlab.analysis.stitch",
     "to_moe": "circuitlab.analysis.experts",
 }
-__all__ = ["Circuit", "CircuitlabError", "expert_curve", "explore", "interpolate", "load", "match", "observe", "partition", "to_moe", "trace"]
+__all__ = ["Circuit", "CircuitlabError", "expert_curve", "explore", "interpolate", "load", "match", "observe", "partition", "stitch", "to_moe", "trace"]
 
 
 def __getattr__(name: str) -> Any:

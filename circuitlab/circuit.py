@@ -397,6 +397,14 @@ class Circuit:
         """A copy of the model with wires permuted everywhere they sit. See `circuitlab.trace.permute.permute`."""
         return _late("trace.permute").permute(self, model, permutations)
 
+    def cut(self, wire: Any, n: Any = None, *, keep: Any = "first") -> Any:
+        """Keep n entries of a wire everywhere it sits: a smaller network inside this one, as a `circuitlab.cut.Cut`.
+
+        ``circuit.cut("mlp.f", 64)`` or ``circuit.cut({"h": 4, "f": 64}, keep=...)``; of the result, ``circuit`` is the
+        smaller circuit and ``apply(model)`` the smaller module. See `circuitlab.cut.cut`.
+        """
+        return _late("cut").cut(self, wire, n, keep=keep)
+
     def symmetry(self) -> Any:
         """The permutations of the parameters that leave the function as it is. See `circuitlab.analysis.symmetry`."""
         return _late("analysis.symmetry").Symmetry(self)

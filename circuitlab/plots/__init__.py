@@ -19,6 +19,7 @@ from circuitlab.plots.modules import (
 )
 from circuitlab.plots.paths import collapse
 from circuitlab.plots.style import PIXELS, aggregated, colour
+from circuitlab.plots.wires import stitching, width_curve
 
 __all__ = [
     "PIXELS",
@@ -37,6 +38,8 @@ __all__ = [
     "partition",
     "path",
     "places",
+    "stitching",
     "timeline",
     "triples",
+    "width_curve",
 ]

@@ -7,6 +7,7 @@ both read off the wires; everything else is the call that the author made. ``m``
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import re
 import weakref
@@ -58,19 +59,30 @@ class Compiled(_Holder):
         self._inputs = circuit.inputs
         self._shapes = {name: circuit.tensor(name).shape for name in circuit.inputs}
         self._returns = circuit.returns or ("",) * len(circuit.outputs)
-        self._signature = (forward_of(model),)
+        self._signature = model._signature if isinstance(model, Compiled) else _signature(model)
         self._whole = circuit.root.kind == "root"
         state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
         for tensor in circuit.tensors:
             if tensor.kind in ("parameter", "buffer", "constant"):
                 self._hold(tensor.name, tensor.kind, state, model)
         self.code = source(circuit)
+        self._load()
+
+    def _load(self) -> None:
+        """Make functions of the code."""
         names: dict[str, Any] = {}
-        file = f"<circuit of {circuit.title} {id(self)}>"
+        file = f"<circuit of {self.title} {id(self)}>"
         linecache.cache[file] = (len(self.code), None, self.code.splitlines(keepends=True), file)
         weakref.finalize(self, linecache.cache.pop, file, None)
         exec(compile(self.code, file, "exec"), names)  # noqa: S102
         self._run = (names["forward"],)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._load()
 
     def _hold(self, name: str, kind: str, state: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
         """The tensor at the same path as in the module, on holders of our own."""
@@ -99,12 +111,9 @@ class Compiled(_Holder):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the traced module's forward."""
-        given = dict(named_inputs(self._signature[0], args, kwargs) if self._whole else zip(self._inputs, args, strict=False))
-        missing = [name for name in self._inputs if name not in given]
-        if missing or len(given) > len(self._inputs):
-            raise InputError(f"{self.title} was traced with the tensors {list(self._inputs)}, and is given {list(given)}")
+        given = self._bound(args, kwargs)
         try:
-            found = self._run[0](self, *(given[name] for name in self._inputs))
+            found = self._outputs(*(given[name] for name in self._inputs))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             now = {name: tuple(given[name].shape) for name in self._inputs}
             if now == self._shapes:
@@ -112,6 +121,28 @@ class Compiled(_Holder):
             raise InputError(f"the circuit of {self.title} was traced with inputs of the shapes {self._shapes}, and does not "
                              f"run with {now}: {error}\nSome size is a number in the code; trace with these shapes") from error
         return _nested(dict(zip(self._returns, found, strict=True)))
+
+    def _bound(self, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+        """The tensors among arguments of ``forward``, by the names of the circuit's inputs."""
+        given = dict(named_inputs(self._signature, args, kwargs) if self._whole else zip(self._inputs, args, strict=False))
+        missing = [name for name in self._inputs if name not in given]
+        if missing or len(given) > len(self._inputs):
+            raise InputError(f"{self.title} was traced with the tensors {list(self._inputs)}, and is given {list(given)}")
+        return given
+
+    def _outputs(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """The circuit's outputs, of its inputs in their order."""
+        return self._run[0](self, *inputs)
+
+
+def _signature(model: torch.nn.Module) -> inspect.Signature | None:
+    """The parameters of a module's forward, without what is written of their types."""
+    try:
+        found = inspect.signature(forward_of(model))
+    except (TypeError, ValueError):
+        return None
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in found.parameters.values()]
+    return inspect.Signature(plain)
 
 
 def _reached(model: Any, path: str) -> Any:

@@ -264,9 +264,9 @@ def forward_of(model: torch.nn.Module) -> Any:
 
 
 def named_inputs(forward: Any, args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors among the inputs, named by the parameters of a module's forward."""
+    """The tensors among the inputs, named by the parameters of a module's forward, or of its signature."""
     try:
-        signature = inspect.signature(forward)
+        signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward)
         bound = dict(signature.bind(*args, **kwargs).arguments)
         for key, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
