@@ -5,7 +5,8 @@ theme. Matrices are averaged down to at most `PIXELS` cells a side before they g
 """
 
 from circuitlab.plots.charts import bars, matrix
-from circuitlab.plots.landscape import layer_paths, match, path
+from circuitlab.plots.landscape import layer_paths, path
+from circuitlab.plots.matching import match
 from circuitlab.plots.modules import (
     expert_curve,
     flows,
