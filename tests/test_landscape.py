@@ -219,7 +219,7 @@ def test_results_on_disk_in_frames_and_in_figures(setting, tmp_path):
     again = Path.load(path.save(tmp_path / "path.safetensors"))
     assert again.values.tolist() == path.values.tolist()
     assert (again.alphas.tolist(), again.layers, again.sets, again.names) == (path.alphas.tolist(), ("4",), ("train", "test"), ("loss", "accuracy"))
-    with pytest.raises(cl.CircuitlabError, match=r"has no models; give them: landscape.merge\(\[a, b\], \[1 - 0.5, 0.5\], layers=\{'4'\}\)"):
+    with pytest.raises(cl.CircuitlabError, match=r"has no models; give them: landscape.merge\(\[a, b\], \[1 - alpha, alpha\], layers=\{'4'\}\)"):
         again.at(0.5)
     frame = path.to_frame()
     assert list(frame) == ["alpha", "loss", "accuracy", "test_loss", "test_accuracy"]
