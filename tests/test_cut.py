@@ -18,7 +18,7 @@ from circuitlab.errors import InputError, VerificationError
 from circuitlab.gallery import moe
 from circuitlab.gallery.gpt import GPT
 from circuitlab.trace.compile import Compiled
-from tests.test_symmetry import Encoder, PreNorm, Residual, Vision
+from tests.test_symmetry import Encoder, PreNorm, Recurrent, Residual, Vision
 
 
 class Tied(nn.Module):
@@ -315,6 +315,29 @@ def test_errors():
             wrong()
     with pytest.raises(VerificationError, match="not the one that was traced"):
         circuit.cut("f", 3).apply(PreNorm(16, 4))
+
+
+class Strided(nn.Module):
+    """A size that is a number in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.down(self.up(x).as_strided((4, 6), (6, 1)).relu())
+
+
+@pytest.mark.parametrize(("model", "x", "message"), [
+    (Recurrent(nn.LSTM), torch.zeros(2, 5, dtype=torch.long), "lstm in 'cell.lstm'.*(does not run|gives shapes)"),
+    (Strided(), torch.randn(4, 3), "as_strided in 'as_strided'.*gives shapes"),
+])
+def test_sizes_that_do_not_follow_are_refused(model, x, message):
+    """A layer of a recurrent net has initial states of the same size as the others; strides are numbers."""
+    circuit = cl.trace(model.eval(), x)
+    assert circuit.wires["f"].permutable
+    with pytest.raises(InputError, match=message):
+        circuit.cut("f", 2).apply(model)
 
 
 def test_label_and_wire_are_names_too():

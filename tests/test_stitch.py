@@ -122,7 +122,7 @@ def test_trains_and_saves(tmp_path):
     for _ in range(5):
         loss = F.cross_entropy(stitched(x), y)
         optimiser.zero_grad(), loss.backward(), optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] and all(p.grad is not None for p in stitched.parameters())
     assert all(torch.equal(value, before[key]) for key, value in b.state_dict().items())
     torch.save(stitched, tmp_path / "stitched.pt")

@@ -99,7 +99,7 @@ def width_curve(
     """Measure a model's loss with fewer entries of a wire.
 
     Args:
-        circuit: traced from this model.
+        circuit: traced from this model, in eval mode, with what batches hold (labels too if they give the loss).
         model: is not changed, and run in eval mode.
         wire: a wire, as `circuitlab.cut.cut` takes it; or several, which are cut at once to the same share.
         widths: numbers of entries, or shares up to 1 (1.0 is the whole, 1 is one entry). Of several wires, shares alone
