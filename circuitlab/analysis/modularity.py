@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from circuitlab.analysis import affinity, balanced, communities, hierarchy, spectral
 from circuitlab.analysis.communities import Labels, numbered
-from circuitlab.analysis.null import Cofiring, Evidence, Given, Keys, Weights
+from circuitlab.analysis.features import features
+from circuitlab.analysis.null import Cofiring, Evidence, Given, Keys, Weights, graph
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.spectral import Bipartite
 from circuitlab.errors import InputError
@@ -37,8 +38,9 @@ class Partition(Result):
         score: how modular the partition is, in units of `score_name`.
         score_name: "modularity Q", "variance explained" (both 0 to 1, more is better) or "n-cut / (k - 1)" (less is better).
         null: scores of the controls, of the kind that was hardest to beat; empty with controls=0.
-        tested: the score that stands against `null`: `score` itself, or that of a sample of 4,096 neurons where there are more.
-        control: what the controls are: "random network", "rotated" ... (see `circuitlab.analysis.null`).
+        tested: the score that stands against `null`: `score` itself, or that of the positions whose inputs are known (co-firing),
+            and of a sample of 4,096 neurons where there are more.
+        control: what the controls are: "random keys on the same inputs", "rotated" ... (see `circuitlab.analysis.null`).
         pvalue: (r + 1) / (len(null) + 1), where r controls score as well or better; nan without controls.
         wire: name of the wire, "" for a bare affinity.
         ffn: the feed-forward block it belongs to, or None.
@@ -235,7 +237,12 @@ def _evidence(stats: Any, method: str, weight: str, neighbours: int | None, seed
         return Given(matrix, neighbours, seed), np.flatnonzero(spectral.strengths(abs(matrix)) == 0)
     together, firing, n = affinity.counts(stats)
     correlation = affinity.phi(together, firing, n)
-    return Cofiring(correlation, firing, n, weight, neighbours), np.flatnonzero((firing == 0) | (firing == n))
+
+    def drawn(correlation: NDArray[Any], firing: NDArray[Any], n: int) -> Any:
+        return graph(affinity.weigh(correlation, firing, n, weight), neighbours)
+
+    evidence = Cofiring(correlation, firing, n, weight, neighbours, features(stats, drawn))
+    return evidence, np.flatnonzero((firing == 0) | (firing == n))
 
 
 def _finite(value: Any, name: str) -> NDArray[Any]:
@@ -284,13 +291,13 @@ def _test(
     if draws < 1:
         return np.zeros(0), score, "", float("nan")
     tested = score
+    trial = evidence if method == "random" else evidence.trial
     if n > _TESTED and method != "random":
-        members = np.sort(np.random.default_rng([seed, n]).choice(n, _TESTED, replace=False))
-        evidence = evidence.part(members)
-        weights = evidence.weights
+        trial = trial.part(np.sort(np.random.default_rng([seed, n]).choice(n, _TESTED, replace=False)))
+    weights = trial.weights
+    if trial is not evidence:
         tested = how.score(weights, how.find(weights, seed))
-    weights = evidence.weights
-    kinds = {"relabelled": lambda rng: weights} if method == "random" else evidence.controls
+    kinds = {"relabelled": lambda rng: weights} if method == "random" else trial.controls
     bar.total(1 + draws * len(kinds))
     worst: tuple[NDArray[np.float64], float, str, float] | None = None
     for number, (name, draw) in enumerate(kinds.items()):

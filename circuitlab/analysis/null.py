@@ -4,8 +4,9 @@ An optimiser finds communities in anything: a sparse random graph easily has Q =
 is run again on controls, and its score counts only by its rank among theirs, p = (r + 1) / (n + 1), where r of n controls
 score as well or better. Each kind of evidence has the control that keeps what is not modular about it:
 
-- **random network** (co-firing): random directions in a space with the spectrum of the measured activity, and each neuron's
-  own firing rate; see `surrogate`. **independent**: neurons at their rates with nothing in common.
+- **random keys on the same inputs** (co-firing): random directions that read what the block read; see `features`.
+- **random network**, where the inputs are not known: random directions in a space with the spectrum of the measured activity,
+  and each neuron's own firing rate; see `surrogate`. **independent**: neurons at their rates with nothing in common.
 - **rotated** (keys, dense affinities): neurons are replaced by random mixtures of all neurons, R X or R C Rᵀ with a random
   orthogonal R. It keeps the spectrum and the mean, but no neuron is privileged; random keys have the same distribution after
   as before.
@@ -31,6 +32,7 @@ from scipy import fft, sparse
 from circuitlab.analysis import affinity
 from circuitlab.analysis.balanced import blocks
 from circuitlab.analysis.communities import _LOCK, upper
+from circuitlab.analysis.features import Features
 from circuitlab.analysis.spectral import Bipartite
 from circuitlab.analysis.surrogate import Surrogate, mirrored, simulated
 
@@ -44,6 +46,7 @@ class Evidence(Protocol):
     Attributes:
         weights: what methods work on.
         controls: name -> a function that draws `weights` without modules.
+        trial: the evidence that is tested against its controls: itself, or another about the same neurons.
     """
 
     @property
@@ -52,8 +55,11 @@ class Evidence(Protocol):
     @property
     def controls(self) -> Mapping[str, Draw]: ...
 
+    @property
+    def trial(self) -> Evidence: ...
+
     def part(self, members: NDArray[np.int64]) -> Evidence:
-        """The same evidence about some of the neurons alone."""
+        """The same evidence about some of the neurons alone, those of a community."""
         ...
 
 
@@ -160,13 +166,14 @@ def graph(weights: Floats, neighbours: int | None) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Cofiring:
-    """Signed phi (f, f) with the rates that it came from."""
+    """Signed phi (f, f) with the rates that it came from, and the neurons on a sample of their inputs if that is known."""
 
     correlation: Floats
     firing: Floats
     n: int
     weight: str = "phi"
     neighbours: int | None = None
+    features: Features | None = None
 
     def _graph(self, correlation: Floats) -> Any:
         return graph(affinity.weigh(correlation, self.firing, self.n, self.weight), self.neighbours)
@@ -199,11 +206,16 @@ class Cofiring:
             noise = rng.standard_normal((len(live), len(live)), dtype=np.float32)
             return whole(mirrored(noise / np.float32(self.n**0.5)))
 
-        return {"random network": network, "independent": independent}
+        return {"random network, inputs not known": network, "independent": independent}
+
+    @property
+    def trial(self) -> Evidence:
+        return self.features or self
 
     def part(self, members: NDArray[np.int64]) -> Cofiring:
         inner = self.correlation[np.ix_(members, members)]
-        return Cofiring(inner, self.firing[members], self.n, self.weight, self.neighbours)
+        features = None if self.features is None else self.features.part(members)
+        return Cofiring(inner, self.firing[members], self.n, self.weight, self.neighbours, features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +256,10 @@ class Given:
             return graph(np.maximum(rotated[0](rng), 0), self.neighbours)
 
         return {"rotated": rotate}
+
+    @property
+    def trial(self) -> Given:
+        return self
 
     def part(self, members: NDArray[np.int64]) -> Given:
         inner = self.matrix[members][:, members]
@@ -289,6 +305,10 @@ class Keys:
             "shuffled": lambda rng: unit(rng.permuted(self.rows, axis=0)),
         }
 
+    @property
+    def trial(self) -> Keys:
+        return self
+
     def part(self, members: NDArray[np.int64]) -> Keys:
         return Keys(self.rows[members])
 
@@ -309,6 +329,10 @@ class Weights:
     @property
     def controls(self) -> Mapping[str, Draw]:
         return {"shuffled": lambda rng: Bipartite(rng.permuted(self.weights.edges, axis=0))}
+
+    @property
+    def trial(self) -> Weights:
+        return self
 
     def part(self, members: NDArray[np.int64]) -> Weights:
         return Weights(Bipartite(self.weights.edges[members]))
