@@ -28,6 +28,8 @@ Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 _AGREE = 0.995
 """Part of (position, neuron) pairs whose firing the keys have to explain."""
+_FEWEST = 64
+"""Positions."""
 _PAIRS = 200_000
 _GRID = 4096
 
@@ -113,9 +115,10 @@ def features(stats: Any, graph: Callable[[Floats, Floats, int], Any]) -> Feature
         None if there is no sample, or if keys, activation and inputs do not explain which neurons fire: there are
         adapters, scales or several maps between.
     """
-    sample, keys = getattr(stats, "sample", None), np.asarray(affinity.array(stats.keys), dtype=np.float32) if stats.keys is not None else None
-    if sample is None or keys is None or sample.inputs.shape[1] != keys.shape[1] or len(sample.inputs) < 64:
+    sample = getattr(stats, "sample", None)
+    if sample is None or sample.inputs.shape[1] != stats.keys.shape[1] or len(sample.inputs) < _FEWEST:
         return None
+    keys = np.asarray(affinity.array(stats.keys), dtype=np.float32)
     inputs, hidden = sample.inputs.numpy(), sample.hidden.numpy()
     fires = np.abs(hidden) > stats.threshold
     ups = None if sample.ups is None else np.asarray(affinity.array(sample.ups), dtype=np.float32)

@@ -95,6 +95,7 @@ class FeedForward:
         seen: whether the wire's values are returned by the model as well.
         expert: which of the stacked experts, None for all of them.
         experts: number of that dimension of positions which counts the stacked experts, None if none does.
+        picked: whether its inputs are picked by an index from a matrix whose rows count examples first, as for experts.
     """
 
     path: str
@@ -111,6 +112,7 @@ class FeedForward:
     seen: bool = False
     expert: int | None = None
     experts: int | None = None
+    picked: bool = False
 
     @property
     def gated(self) -> bool:
@@ -277,6 +279,20 @@ class _Search:
         extra = [name for slot, name in enumerate(op.inputs) if slot != weight and self.learned(name)]
         return extra[0] if extra else ""
 
+    def picked(self, weight: Weight) -> bool:
+        """Whether what a map reads was picked by an index from a matrix whose rows count examples first."""
+        tensor = self.circuit.tensor(self.circuit.op(weight.op).inputs[weight.operand])
+        while tensor.op:
+            op = self.circuit.op(tensor.op)
+            source = self.circuit.tensor(op.inputs[0]) if op.inputs else tensor
+            if op.kind in ("gather", "index") and len(source.dims) == 2 and source.name not in self.roots:
+                return bool(source.dims[0]) and self.circuit.wires[source.dims[0][0]].kind == "batch"
+            flowing = [name for name in op.inputs if name not in self.roots]
+            if len(flowing) != 1 or op.kind not in ("elementwise", "reindex"):
+                return False
+            tensor = self.circuit.tensor(flowing[0])
+        return False
+
     # paths --------------------------------------------------------------------------------------------
 
     def module_of(self, op: str) -> str:
@@ -337,6 +353,7 @@ class _Region:
             seen=any(name in self.circuit.outputs for name in self.pieces),
             experts=None if value.along is None else next(
                 (n for n, dim in enumerate(positions) if dim == self.circuit.tensor(value.parameter).dims[value.along]), None),
+            picked=self.search.picked((gates or keys)[0]),
         )
 
     def _piece(self, tensor: Tensor) -> _Piece:

@@ -304,6 +304,9 @@ class _Count:
                 if seen.mask is not None:
                     keep = seen.mask[part]
                     rows, marks, inputs = rows[keep], None if marks is None else marks[keep], None if inputs is None else inputs[keep]
+                if self.block.experts is not None and self.block.expert is not None and inputs is not None:
+                    sent = inputs.any(-1)  # positions that were not sent to this expert are zero
+                    rows, marks, inputs = rows[sent], None if marks is None else marks[sent], inputs[sent]
                 if self.reservoir is not None and len(rows):
                     self.reservoir.add(self.n, inputs, rows)
                 self._add(rows.float(), marks)

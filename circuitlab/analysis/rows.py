@@ -78,7 +78,7 @@ class Rows:
         leads = block.batch is not None
         for number, hidden in enumerate(parts.hidden):
             inputs = parts.inputs[number] if paired else None
-            origin = parts.origins[number] if paired and leads else None
+            origin = parts.origins[number] if paired and block.picked else None
             group = parts.groups[number]
             if block.expert is not None and block.experts is None and group is not None:
                 one = slice(int(group[block.expert - 1]) if block.expert else 0, int(group[block.expert]))
