@@ -361,3 +361,22 @@ def test_bad_input_of_prune_matrix(classifier, change, message):
     given = dict(model=model, neurons={"f": {0: [1]}}, batches=[(h, labels)], loss="cross_entropy", labels=labels) | change
     with pytest.raises(cl.CircuitlabError, match=message):
         prune_matrix(**given, progress=False)
+
+
+@pytest.mark.parametrize("act", [torch.tanh, torch.sigmoid, torch.relu, torch.nn.functional.gelu])
+def test_precision_from_bins_is_close_to_that_of_values(act):
+    """Also where the activation saturates, so that values differ in their distance to 1 alone."""
+    from sklearn.metrics import average_precision_score
+
+    from circuitlab.analysis.functional import average_precision
+    from circuitlab.analysis.neurons import BINS
+
+    g = torch.Generator().manual_seed(0)
+    label = torch.rand(4000, generator=g) < 0.1
+    level, shift = torch.linspace(1, 6, 8), torch.linspace(0, 5, 8)
+    h = act(torch.randn(4000, 8, generator=g) * level + torch.linspace(0, 4, 8) + label[:, None] * shift).T.contiguous()
+    edges = torch.tensor([-edge for edge in reversed(BINS)] + list(BINS))
+    bins = torch.bucketize(h, edges).numpy()
+    for values, row in zip(h.numpy(), bins, strict=True):
+        positive, total = (np.bincount(part, minlength=len(edges) + 1) for part in (row[label.numpy()], row))
+        assert average_precision(positive, total) == pytest.approx(average_precision_score(label.numpy(), values), abs=0.02)

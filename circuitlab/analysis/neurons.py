@@ -30,8 +30,9 @@ BLOCK = 2048
 """Neurons whose pairs with all later ones are counted at once."""
 CALIBRATION = 4096
 """Positions that the default threshold of a smooth activation is taken from."""
-BINS = tuple(2.0 ** (step / 4) for step in range(-64, 49))
-"""Edges of the histograms of a neuron's values, on both sides of zero: quarter octaves from 2^-16 to 2^12."""
+BINS = tuple(sorted({2.0 ** (step / 4) for step in range(-64, 49)} | {1 - 2.0 ** (-step / 4) for step in range(8, 85)}))
+"""Edges of the histograms of a neuron's values, on both sides of zero: quarter octaves from 2^-16 to 2^12, and of the distance
+to 1, where tanh and sigmoid saturate, down to 2^-21."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class NeuronStats(Result):
         label_names: names of the labels, () without labels.
         label_n: int64 (labels,), positions of each label.
         label_firing: int64 (labels, neurons). label_abs: float64 (labels, neurons), sums of |h|.
-        histogram: int32 (labels, neurons, bins) of h, in quarter octaves; None without labels.
+        histogram: int32 (labels, neurons, bins) of h, between `BINS`; None without labels.
         batches: number of batches walked. complete: whether that was all of them.
         sample: some positions with what the block read there; None if that could not be had.
     """
