@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 import circuitlab as cl
-from circuitlab.analysis.functional import Functional, functional
+from circuitlab.analysis.functional import Functional, average_precision, functional
 from circuitlab.analysis.neurons import BINS, observe
 from circuitlab.analysis.prune import PruneMatrix, prune_matrix
 
@@ -63,9 +63,8 @@ def test_average_precision_is_that_of_scikit_learn(act):
     hidden = model.act(h).detach()
     same = np.array([[average_precision_score(labels == k, column) for column in binned(hidden).T] for k in range(3)])
     assert np.allclose(got.precision, same, atol=1e-12)
-    if act is not nn.Tanh:  # it saturates
-        near = np.array([[average_precision_score(labels == k, column) for column in hidden.numpy().T] for k in range(3)])
-        assert np.abs(got.precision - near).max() < 0.04
+    near = np.array([[average_precision_score(labels == k, column) for column in hidden.numpy().T] for k in range(3)])
+    assert np.abs(got.precision - near).max() < 0.04
     assert got.by == "value"
     assert np.allclose(got.chance, [float((labels == k).double().mean()) for k in range(3)])
 
@@ -361,3 +360,15 @@ def test_bad_input_of_prune_matrix(classifier, change, message):
     given = dict(model=model, neurons={"f": {0: [1]}}, batches=[(h, labels)], loss="cross_entropy", labels=labels) | change
     with pytest.raises(cl.CircuitlabError, match=message):
         prune_matrix(**given, progress=False)
+
+
+@pytest.mark.parametrize("act", [torch.tanh, torch.sigmoid, torch.relu, torch.nn.functional.gelu])
+def test_precision_from_bins_is_close_to_that_of_values(act):
+    """Also where the activation saturates, so that values differ in their distance to 1 alone."""
+    g = torch.Generator().manual_seed(0)
+    label = (torch.rand(4000, generator=g) < 0.1).numpy()
+    level, shift = torch.linspace(1, 6, 8), torch.linspace(0, 5, 8)
+    h = act(torch.randn(4000, 8, generator=g) * level + torch.linspace(0, 4, 8) + torch.from_numpy(label)[:, None] * shift).T.contiguous()
+    for values_, row in zip(h.numpy(), binned(h), strict=True):
+        positive, total = (np.bincount(part, minlength=2 * len(BINS) + 1) for part in (row[label], row))
+        assert average_precision(positive, total) == pytest.approx(average_precision_score(label, values_), abs=0.03)

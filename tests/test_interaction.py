@@ -427,3 +427,34 @@ def test_values_that_cannot_be_differentiated():
     bad[3, 2] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         basis(net(), [(bad,)], "0")
+
+
+def side_by_side(parts=3):
+    """A network of equal parts that share nothing."""
+    model = net(widths=(12, 24, 18, 6))
+    with torch.no_grad():
+        for layer in model[::2]:
+            out, own = (torch.arange(size) * parts // size for size in layer.weight.shape)
+            layer.weight *= (out[:, None] == own) * parts**0.5
+    return model
+
+
+def test_partition_compares_a_basis_with_its_controls():
+    found = basis(side_by_side(), [(data(1500, 12),)], "0", "2", controls=19)
+    part = cl.partition(found, method="interaction", progress=False)
+    assert part.control == "networks of the same weights" and len(part.null) == 19 and part.wire == found.wire
+    assert part.significant and part.k == 3 and (part.labels.reshape(3, 8) == part.labels[::8, None]).all()
+    both = cl.partition(found, method="interaction", nodes="both", progress=False)
+    assert both.significant and both.wire == "" and len(both.labels) == sum(found.edges.shape)
+    assert len(cl.partition(found, method="interaction", controls=3, progress=False).null) == 3
+    with pytest.raises(InputError, match="interaction"):
+        cl.partition(found, "keys")
+
+
+def test_a_basis_without_controls_or_modules_is_not_believed():
+    plain = basis(net(), [(data(60, 6),)], "0", "2")
+    assert not cl.partition(plain, method="interaction", controls=0, progress=False).significant
+    with pytest.raises(InputError, match="controls=19"):
+        cl.partition(plain, method="interaction")
+    found = [basis(net(widths=(6, 16, 12, 4)), [(data(60, 6, seed),)], "0", "2", controls=19, seed=seed) for seed in range(2)]
+    assert not all(cl.partition(one, method="interaction", progress=False).significant for one in found)

@@ -431,3 +431,98 @@ def test_many_points_that_are_alike_are_assigned(seed):
     assert (np.bincount(labels) == 16).all()
     rows, columns = linear_sum_assignment(np.repeat(cost.astype(np.float64), 16, axis=1))
     assert cost[np.arange(128), labels].sum() == pytest.approx(np.repeat(cost, 16, axis=1)[rows, columns].sum(), rel=1e-6)
+
+
+# controls that know the inputs -------------------------------------------------------------------------
+
+
+def grouped_inputs(seed, groups=4, dims=32, n=1024, apart=3.0):
+    """Inputs that fall into groups, whatever reads them."""
+    r = np.random.default_rng(seed)
+    return torch.from_numpy(apart * r.standard_normal((groups, dims))[np.arange(n) % groups] + r.standard_normal((n, dims))).float()
+
+
+class Layer(torch.nn.Module):
+    """A feed-forward layer; gated layers have a map of their own for the gate."""
+
+    def __init__(self, act, gated=False, inputs=32, neurons=96):
+        super().__init__()
+        self.act = act
+        self.key, self.value = torch.nn.Linear(inputs, neurons), torch.nn.Linear(neurons, 8)
+        self.gate = torch.nn.Linear(inputs, neurons) if gated else None
+
+    def forward(self, x):
+        return self.value(self.act(self.key(x)) if self.gate is None else self.act(self.gate(x)) * self.key(x))
+
+
+ACTS = [(torch.relu, False), (torch.nn.functional.gelu, False), (torch.tanh, False), (torch.nn.functional.silu, True)]
+
+
+def layer_stats(seed, act, gated=False, change=lambda layer: None, apart=3.0, **options):
+    torch.manual_seed(seed)
+    layer = Layer(act, gated)
+    change(layer)
+    return next(iter(cl.observe(layer, list(grouped_inputs(seed, apart=apart).split(100)), progress=False, **options).values()))
+
+
+@pytest.mark.parametrize(("act", "gated"), ACTS)
+def test_groups_of_inputs_are_no_modules_of_neurons(act, gated):
+    stats = [layer_stats(s, act, gated) for s in range(4)]
+    parts = [cl.partition(one, seed=s, controls=19, progress=False) for s, one in enumerate(stats)]
+    assert all(part.control == "random keys on the same inputs" for part in parts)
+    assert all(part.score > 0.1 for part in parts) and sum(part.significant for part in parts) <= 1
+
+
+@pytest.mark.parametrize(("act", "gated"), ACTS[:1] + ACTS[3:])
+def test_neurons_that_share_keys_are_modules_beyond_their_inputs(act, gated):
+    truth = np.arange(96) % 6
+
+    def shared(layer):
+        with torch.no_grad():
+            for each in (layer.key, layer.gate):
+                if each is not None:
+                    each.weight += 2 * each.weight[torch.arange(96) % 6]
+
+    part = cl.partition(layer_stats(0, act, gated, shared, apart=0.0), controls=19, progress=False)
+    assert part.significant and part.pvalue == 0.05 and ari(truth, part.labels) > 0.75
+
+
+def test_without_inputs_the_verdict_says_so():
+    stats = layer_stats(0, torch.relu)
+    for one in (dataclasses.replace(stats, sample=None), layer_stats(0, torch.relu, sample=0), dataclasses.replace(stats, keys=stats.keys + 1)):
+        assert "random network, inputs not known" in cl.partition(one, controls=3, progress=False).verdict
+
+
+def test_random_features_fire_as_often_and_answer_alike():
+    from circuitlab.analysis import features
+
+    for act, gated in ACTS:
+        stats = layer_stats(1, act, gated)
+        found = features.features(stats, lambda correlation, firing, n: correlation)
+        assert found is not None, act
+        drawn = found.drawn(np.random.default_rng(0))
+        assert (np.sort(drawn.sum(axis=1)) == np.sort(found.fires.sum(axis=1))).all() and (drawn != found.fires).mean() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["signed", "clipped", "absolute"])
+def test_dense_affinities_of_random_networks_are_not_believed(kind):
+    change = dict(signed=lambda c: c, clipped=lambda c: np.maximum(c, 0), absolute=np.abs)[kind]
+    parts = [cl.partition(change(affinity.phi(*affinity.counts(random_network(s, neurons=64)))), seed=s, controls=19, progress=False) for s in range(3)]
+    assert all(part.control == "same entries and spectrum" for part in parts)
+    assert sum(part.significant for part in parts) <= 1
+    found = cl.partition(change(affinity.phi(*affinity.counts(planted(1, strength=0.3)[0]))), controls=19, progress=False)
+    assert found.significant
+
+
+def test_random_entries_are_not_believed_however_skewed():
+    r = np.random.default_rng(0)
+    weights = [np.exp(1.5 * r.standard_normal((80, 80))) for _ in range(3)]
+    assert sum(cl.partition((w + w.T) * (1 - np.eye(80)), seed=s, controls=19, progress=False).significant for s, w in enumerate(weights)) <= 1
+
+
+def test_controls_have_the_entries_and_nearly_the_spectrum():
+    correlation = affinity.phi(*affinity.counts(random_network(0)))
+    drawn = null.Alike(correlation)(np.random.default_rng(0))
+    np.testing.assert_allclose(np.sort(drawn, axis=None), np.sort(correlation, axis=None), atol=1e-6)
+    want, have = np.linalg.eigvalsh(correlation), np.linalg.eigvalsh(drawn)
+    assert np.abs(want - have).max() < 0.05 * want.max() and np.corrcoef(drawn.ravel(), correlation.ravel())[0, 1] < 0.2

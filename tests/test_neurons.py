@@ -204,3 +204,104 @@ def test_compiled_and_half_precision(model):
     assert torch.equal(next(iter(stats.values())).firing, observe(model, splits(100))["f"].firing)
     halved = observe(model.bfloat16(), [(X.bfloat16(), Y)])
     assert halved["f"].n == 100
+
+
+# samples ----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_the_same_however_positions_come(model):
+    whole = observe(model, splits(100), sample=16)["f"].sample
+    assert whole.hidden.shape == (16, 16) and whole.inputs.shape == (16, 8) and len(set(whole.positions.tolist())) == 16
+    assert torch.equal(whole.inputs, X[whole.positions])
+    assert torch.allclose(torch.relu(whole.inputs @ model[0].weight.T + whole.bias), whole.hidden, atol=1e-6)
+    for sizes in ((1,) * 100, (33, 67), (99, 1)):
+        assert torch.equal(observe(model, splits(*sizes), sample=16)["f"].sample.positions, whole.positions)
+    assert not torch.equal(observe(model, splits(100), sample=16, seed=1)["f"].sample.positions, whole.positions)
+    assert observe(model, splits(100), sample=0)["f"].sample is None
+    assert len(observe(model, splits(100))["f"].sample.positions) == 100
+
+
+def test_samples_are_spread_evenly():
+    from circuitlab.analysis.sample import Reservoir
+
+    seen = torch.zeros(1000)
+    for seed in range(200):
+        reservoir = Reservoir(50, seed)
+        for start in range(0, 1000, 64):
+            rows = torch.arange(start, min(start + 64, 1000)).float()[:, None]
+            reservoir.add(start, rows, rows)
+        assert torch.equal(reservoir.hidden[:, 0].long(), reservoir.positions)
+        seen[reservoir.positions] += 1
+    assert seen.sum() == 10_000 and abs(seen.var() - 9.5) < 2 and abs(seen[:500].sum() - 5000) < 250  # binomial
+
+
+def test_samples_are_continued_and_saved(model, tmp_path):
+    whole = observe(model, splits(50, 50), sample=16)["f"]
+    part = {"f": observe(model, splits(50, 50)[:1], sample=16)["f"]}
+    after = observe(model, splits(50, 50), wires=["f"], sample=16, resume=part)["f"]
+    back = neurons.NeuronStats.load(after.save(tmp_path / "stats.safetensors"))
+    for one in (after, back):
+        assert torch.equal(one.sample.positions, whole.sample.positions) and torch.equal(one.sample.hidden, whole.sample.hidden)
+
+
+# experts in one parameter ------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Experts in one parameter: positions sorted by expert and multiplied in groups, or all positions by all experts."""
+
+    def __init__(self, grouped, experts=3, top=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.route, self.grouped, self.top = nn.Embedding(20, 8), nn.Linear(8, experts), grouped, top
+        self.up, self.down = nn.Parameter(torch.randn(experts, 8, 16) / 2), nn.Parameter(torch.randn(experts, 16, 8) / 4)
+
+    def experts(self, x, chosen):
+        """What each expert's neurons do at the positions that are sent to it, one by one."""
+        return [torch.relu(x[(chosen == e).any(1)] @ self.up[e]) for e in range(len(self.up))]
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids).flatten(0, 1)
+        chosen = self.route(x).topk(self.top).indices
+        if self.grouped:
+            expert, order = chosen.flatten().sort()
+            ends = torch.bincount(expert, minlength=len(self.up)).cumsum(0).int()
+            y = torch._grouped_mm(torch.relu(torch._grouped_mm(x[order // self.top], self.up, offs=ends)), self.down, offs=ends)
+            y = torch.zeros_like(x).index_add(0, order // self.top, y)
+        else:
+            sent = torch.zeros(len(x), len(self.up)).scatter(1, chosen, 1.0).T
+            y = torch.bmm(torch.relu(torch.bmm(x.expand(len(self.up), -1, -1) * sent[:, :, None], self.up)), self.down).sum(0)
+        return y.view(*input_ids.shape, -1)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_experts_in_one_parameter_are_observed_one_by_one(grouped):
+    model, ids = Experts(grouped), torch.randint(0, 20, (12, 7), generator=torch.Generator().manual_seed(1))
+    mask, of_kind = torch.ones(12, 7, dtype=torch.long), torch.arange(84).view(12, 7) % 4
+    mask[2, 4:] = mask[9, 1:] = 0
+    batches = [dict(input_ids=ids[a:b], attention_mask=mask[a:b]) for a, b in ((0, 5), (5, 12))]
+    found = observe(model, batches, labels=of_kind, threshold=0.1)
+    with torch.no_grad():
+        x, kept, kinds = model.embed(ids).flatten(0, 1), mask.flatten().bool(), of_kind.flatten()
+        chosen = model.route(x).topk(2).indices
+    assert len(found) == 3
+    for e, (name, stats) in enumerate(found.items()):
+        sent = (chosen == e).any(1) & kept
+        h = torch.relu(x[sent] @ model.up[e]).detach()
+        fires = (h > 0.1).double()
+        assert name.endswith(f"[{e}]") and stats.wire == name and stats.ffn.expert == e
+        assert stats.n == int(sent.sum()) and torch.equal(stats.cofiring.double(), fires.T @ fires)
+        assert torch.equal(stats.keys, model.up[e].T) and torch.equal(stats.values, model.down[e])
+        for label in range(4):
+            assert torch.equal(stats.label_firing[label], fires[kinds[sent] == label].sum(0).long())
+        assert torch.allclose(torch.relu(stats.sample.inputs @ stats.keys.T), stats.sample.hidden, atol=1e-5)
+        assert len(cl.partition(stats, controls=3, progress=False).labels) == 16 and stats.functional().precision.shape == (4, 16)
+
+
+def test_experts_that_get_nothing_are_left_out():
+    model = Experts(True, top=1)
+    with torch.no_grad():
+        model.route.bias += torch.tensor([9.0, 0.0, -9.0])
+    with pytest.warns(UserWarning, match=r"no position was sent to .*\[1\], .*\[2\]"):
+        found = observe(model, [torch.randint(0, 20, (4, 6))])
+    assert [name[-3:] for name in found] == ["[0]"]

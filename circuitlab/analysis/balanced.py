@@ -78,11 +78,11 @@ def assign(cost: Floats, prices: Floats | None = None) -> tuple[Labels, Floats]:
 def _entropic(cost: Floats, prices: Floats, capacity: int, scale: float) -> Floats:
     """Prices at which soft choices fill each group to its capacity, for falling temperatures."""
     scratch = np.empty(cost.shape, dtype=np.float32)
-    shift = cost.min(axis=1, keepdims=True)
+    above = cost - cost.min(axis=1, keepdims=True)
     for temperature in (scale, scale / 4, scale / 16):
+        scaled = np.multiply(above, -1 / temperature, dtype=np.float32, casting="same_kind")
         for _ in range(40):
-            np.subtract(shift - cost, prices.astype(cost.dtype), out=scratch, casting="same_kind")
-            scratch /= temperature
+            np.subtract(scaled, (prices / temperature).astype(np.float32), out=scratch)
             scratch -= scratch.max(axis=1, keepdims=True)
             np.exp(scratch, out=scratch)
             filled = ((1 / scratch.sum(axis=1)) @ scratch).astype(np.float64) / capacity
@@ -171,6 +171,15 @@ def blocks(n: int, size: int = 1024) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def distances(points: Floats, means: Floats) -> Floats:
+    """Squared distances of points (n, d) to means (k, d), less the points' own squares: float32 (n, k).
+
+    In blocks, and with the means as columns in memory: as one product of what is at hand it takes three times as long.
+    """
+    columns = np.ascontiguousarray(-2 * means.T)
+    return np.concatenate([points[rows] @ columns for rows in blocks(len(points), 2048)]) + (means**2).sum(axis=1)
+
+
 def _sums(points: Floats, labels: Labels, k: int) -> Floats:
     """Sum of the points of each group: (k, d)."""
     n = len(points)
@@ -223,8 +232,7 @@ def kmeans(points: Floats, k: int, rng: np.random.Generator, iterations: int = 5
     labels, prices = np.full(n, -1, dtype=np.int64), None
     best = math.inf
     for _ in range(iterations):
-        cost = points @ (-2 * means.T)
-        cost += (means**2).sum(axis=1)
+        cost = distances(points, means)
         new, prices = assign(cost, prices)
         means = (_sums(points, new, k) * (k / n)).astype(np.float32)
         value = -float((means.astype(np.float64) ** 2).sum())

@@ -48,6 +48,7 @@ class Weight:
         module: path of the module that does this map and nothing else, None if there is none.
         direct: the op takes the parameter itself, not something computed from it (weight norm, a merged adapter).
         stacked: number of such maps in the parameter, as of experts; 1 if it is one matrix.
+        along: the dimension of the parameter that counts them, None if there is not one.
     """
 
     parameter: str
@@ -62,10 +63,16 @@ class Weight:
     module: str | None = None
     direct: bool = True
     stacked: int = 1
+    along: int | None = None
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The neurons' rows of the parameter, of shape (neurons, what else the parameter has)."""
+    def of(self, tensor: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """The neurons' rows of the parameter, of shape (neurons, what else the parameter has); those of one expert where many are stacked."""
         start, stop, step = self.rows
+        if expert is not None and self.along is not None:
+            if tensor.ndim < 3:  # a bias
+                return tensor[expert][start:stop:step, None]
+            tensor = tensor.movedim(self.dim, 0).select(self.along + (self.along < self.dim), expert)
+            return tensor[start:stop:step].flatten(1)
         return tensor.movedim(self.dim, 0)[start:stop:step].flatten(1) if tensor.ndim > 1 else tensor[start:stop:step, None]
 
 
@@ -86,6 +93,9 @@ class FeedForward:
         positions: wires of the other dimensions of what the first value map multiplies, slowest first.
         batch: number of that dimension of these which counts examples, None if there is none.
         seen: whether the wire's values are returned by the model as well.
+        expert: which of the stacked experts, None for all of them.
+        experts: number of that dimension of positions which counts the stacked experts, None if none does.
+        picked: whether its inputs are picked by an index from a matrix whose rows count examples first, as for experts.
     """
 
     path: str
@@ -100,6 +110,9 @@ class FeedForward:
     positions: tuple[tuple[str, ...], ...] = ()
     batch: int | None = None
     seen: bool = False
+    expert: int | None = None
+    experts: int | None = None
+    picked: bool = False
 
     @property
     def gated(self) -> bool:
@@ -237,12 +250,14 @@ class _Search:
                     continue  # a bias
                 data = next((n for a in op.axes if a.role == "contracted" for n, *_ in a.ins if op.inputs[n] not in self.roots),
                             next(n for n, other in enumerate(op.inputs) if other not in self.roots))
-                rest = [dim for dim in tensor.dims if dim != wires and not set(dim) & others]
-                stacked = math.prod(self.circuit.wires[wire].size for dim in rest for wire in dim)
+                rest = [n for n, dim in enumerate(tensor.dims) if dim != wires and not set(dim) & others]
+                stacked = math.prod(self.circuit.wires[wire].size for n in rest for wire in tensor.dims[n])
+                along = [n for n in rest if tensor.shape[n] > 1]
                 summed = [place[1] for a in op.axes if a.role == "contracted" for place in a.ins if place[0] == data]
                 axis = summed[0] - len(self.circuit.tensor(op.inputs[data]).dims) if summed else -1
                 return Weight(root, dims[0], rows, self._bias(op, slot, wires) if axis_role == "created" else self._added(op, slot),
-                              op.name, op.fn, data, axis, self.number[op.name], self._only(op), root == name, stacked)
+                              op.name, op.fn, data, axis, self.number[op.name], self._only(op), root == name, stacked,
+                              along[0] if len(along) == 1 else None)
         raise _NoBlockError
 
     def _only(self, op: Op) -> str | None:
@@ -263,6 +278,20 @@ class _Search:
         """The output bias of a value map."""
         extra = [name for slot, name in enumerate(op.inputs) if slot != weight and self.learned(name)]
         return extra[0] if extra else ""
+
+    def picked(self, weight: Weight) -> bool:
+        """Whether what a map reads was picked by an index from a matrix whose rows count examples first."""
+        tensor = self.circuit.tensor(self.circuit.op(weight.op).inputs[weight.operand])
+        while tensor.op:
+            op = self.circuit.op(tensor.op)
+            source = self.circuit.tensor(op.inputs[0]) if op.inputs else tensor
+            if op.kind in ("gather", "index") and len(source.dims) == 2 and source.name not in self.roots:
+                return bool(source.dims[0]) and self.circuit.wires[source.dims[0][0]].kind == "batch"
+            flowing = [name for name in op.inputs if name not in self.roots]
+            if len(flowing) != 1 or op.kind not in ("elementwise", "reindex"):
+                return False
+            tensor = self.circuit.tensor(flowing[0])
+        return False
 
     # paths --------------------------------------------------------------------------------------------
 
@@ -322,6 +351,9 @@ class _Region:
             positions=positions,
             batch=next((n for n, dim in enumerate(positions) if dim and self.circuit.wires[dim[0]].kind == "batch"), None),
             seen=any(name in self.circuit.outputs for name in self.pieces),
+            experts=None if value.along is None else next(
+                (n for n, dim in enumerate(positions) if dim == self.circuit.tensor(value.parameter).dims[value.along]), None),
+            picked=self.search.picked((gates or keys)[0]),
         )
 
     def _piece(self, tensor: Tensor) -> _Piece:

@@ -4,9 +4,9 @@ A neuron is taken as a detector of a label. How good it is, is the average preci
 the area under precision against recall. By chance it is the label's share of positions. (Zhang et al., *Emergent Modularity
 in Pre-trained Transformers*, 2023; Xiao et al., *Configurable Foundation Models*, 2024.)
 
-AP comes from the histograms that `observe` counts: values that share a bin (a quarter of an octave, 19 %) are tied, and ties
-count as in scikit-learn's ``average_precision_score``. Only positions with a label count. Activations that saturate (tanh,
-sigmoid) have many ties, so their AP is lower than that of the values themselves.
+AP comes from the histograms that `observe` counts: values that share a bin (a quarter of an octave of the value, 19 %, or of its
+distance to 1, where tanh and sigmoid saturate) are tied, and ties count as in scikit-learn's ``average_precision_score``. Only
+positions with a label count.
 
 Some neurons are always the best of all, whatever the labels. So each AP comes with a p-value, of the rank sum (Mann &
 Whitney) of the neuron's activations at the label's positions. It takes positions for independent, which those of one text or

@@ -57,18 +57,19 @@ def _split(evidence: Evidence, seed: int, draws: int, needed: float) -> Labels |
     if not weights.sum() > 0:
         return None
     labels = leiden(weights, seed)
-    value = modularity(weights, labels)
     if labels.max() == 0:
         return None
-    for name, draw in evidence.controls.items():
-        scores: list[float] = []
-        for i in range(draws):
-            control = draw(np.random.default_rng([seed, i, len(name)]))
-            scores.append(modularity(control, leiden(control, seed + i)))
-            if scores[-1] >= value:
+    for one in (evidence,) if evidence.trial is evidence else (evidence, evidence.trial):
+        value = modularity(weights, labels) if one is evidence else modularity(one.weights, leiden(one.weights, seed))
+        for name, draw in one.controls.items():
+            scores: list[float] = []
+            for i in range(draws):
+                control = draw(np.random.default_rng([seed, i, len(name)]))
+                scores.append(modularity(control, leiden(control, seed + i)))
+                if scores[-1] >= value:
+                    return None
+            if value < np.mean(scores) + needed * np.std(scores, ddof=1):
                 return None
-        if value < np.mean(scores) + needed * np.std(scores, ddof=1):
-            return None
     return labels
 
 

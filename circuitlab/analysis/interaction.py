@@ -3,8 +3,8 @@
 Bushnaq et al., *Using Degeneracy in the Loss Landscape for Mechanistic Interpretability* and *The Local Interaction
 Basis* (2024). With activations f of a wire (neurons), f' those of the next, and means over all positions:
 
-- **G** = E[(f - μ)(f - μ)ᵀ] = U D Uᵀ, the Gram matrix. Centred by default, as in the second paper, where the constant is a
-  feature of its own; with ``centred=False`` μ is 0, as in the first. Eigenvalues up to tolerance times the largest are
+- **G** = E[(f - μ)(f - μ)ᵀ] = U D Uᵀ, the Gram matrix. Activations are taken about their mean by default, which is our choice: a
+  direction of large mean that never varies would come first otherwise. With ``centred=False`` μ is 0. Eigenvalues up to tolerance times the largest are
   dropped, and R = U D^-½ makes activations orthonormal.
 - **M'** = E[JᵀJ] with J = ∂f̂'/∂f, of the next wire's values in its own interaction basis. At the output, the last of the
   chain, that basis is the principal components, without scale. Where a value acts on several positions, all count.
@@ -201,8 +201,9 @@ def interaction_basis(
 def interaction_affinity(basis: InteractionBasis, nodes: Literal["both", "directions", "neurons"] = "both") -> torch.Tensor:
     """A symmetric affinity for `circuitlab.partition`, float64, zero on the diagonal.
 
-    Its modularity is to be compared with that of the affinities of the basis's controls. Edges that are dealt out anew, or
-    mixed, are no control: in the basis the edges of any network are sparse, and beat them.
+    Its modularity is to be compared with that of the affinities of the basis's controls, as ``circuitlab.partition`` does if it is
+    given the basis. Edges that are dealt out anew, or mixed, are no control: in the basis the edges of any network are
+    sparse, and beat them.
 
     Args:
         basis: of a wire.

@@ -28,8 +28,8 @@ from circuitlab.analysis.coupling import Coupling, chain, pooled
 from circuitlab.analysis.feedforward import FeedForward
 from circuitlab.analysis.functional import adjust
 from circuitlab.analysis.membership import Members, indicators
-from circuitlab.analysis.neurons import NeuronStats, _Aligned, _alone, _mask, _Parts, _traced
-from circuitlab.analysis.tap import Tap
+from circuitlab.analysis.neurons import NeuronStats, _alone, _mask, _traced
+from circuitlab.analysis.rows import Rows, run
 from circuitlab.errors import InputError
 
 POSITIONS = 2**15
@@ -119,20 +119,13 @@ class _Counts:
         self.exact = torch.float64 if device.type != "mps" else torch.float32
 
     def __call__(self, batch: Any, mask: torch.Tensor | None) -> dict[str, _Kept]:
-        parts = {wire: _Parts() for wire in self.blocks}
-
-        def visit(wire: str, hidden: torch.Tensor) -> None:
-            parts[wire].tensors.append(hidden)
-
-        args, kwargs = walked.inputs_of(self.model, batch)
-        with Tap(self.model, self.blocks, visit):
-            self.model(*args, **kwargs)
+        parts = run(self.model, batch, self.blocks)
         found: dict[str, _Kept] = {}
         for wire, modules in self.modules.items():
-            seen = _Aligned(parts[wire], self.blocks[wire].batch, walked.examples(batch), mask, None, wire)
-            if not seen.rows:
+            seen = Rows(parts[wire], self.blocks[wire], walked.examples(batch), mask, None, wire)
+            if not seen.hidden:
                 raise InputError(f"the values of {wire} were not read in this run; the model takes another way for this batch than for the first")
-            rows = torch.cat([(part.abs() > self.thresholds[wire]).float() @ modules for part in seen.rows])
+            rows = torch.cat([(part.abs() > self.thresholds[wire]).float() @ modules for part in seen.hidden])
             example = torch.arange(len(rows), device=rows.device) * walked.examples(batch) // max(len(rows), 1)
             if seen.mask is not None:
                 rows, example = rows[seen.mask], example[seen.mask]

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from circuitlab.analysis import affinity, balanced, communities, hierarchy, spectral
 from circuitlab.analysis.communities import Labels, numbered
-from circuitlab.analysis.null import Cofiring, Evidence, Given, Keys, Weights
+from circuitlab.analysis.features import features
+from circuitlab.analysis.null import Cofiring, Evidence, Given, Keys, Networks, Weights, graph
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.spectral import Bipartite
 from circuitlab.errors import InputError
@@ -37,8 +38,9 @@ class Partition(Result):
         score: how modular the partition is, in units of `score_name`.
         score_name: "modularity Q", "variance explained" (both 0 to 1, more is better) or "n-cut / (k - 1)" (less is better).
         null: scores of the controls, of the kind that was hardest to beat; empty with controls=0.
-        tested: the score that stands against `null`: `score` itself, or that of a sample of 4,096 neurons where there are more.
-        control: what the controls are: "random network", "rotated" ... (see `circuitlab.analysis.null`).
+        tested: the score that stands against `null`: `score` itself, or that of the positions whose inputs are known (co-firing),
+            and of a sample of 4,096 neurons where there are more.
+        control: what the controls are: "random keys on the same inputs", "rotated" ... (see `circuitlab.analysis.null`).
         pvalue: (r + 1) / (len(null) + 1), where r controls score as well or better; nan without controls.
         wire: name of the wire, "" for a bare affinity.
         ffn: the feed-forward block it belongs to, or None.
@@ -141,6 +143,7 @@ def partition(
     weight: str = "phi",
     neighbours: int | None = None,
     controls: int | None = None,
+    nodes: str = "neurons",
     progress: bool = True,
 ) -> Partition:
     """Divide the neurons of a wire into modules, and say whether to believe them.
@@ -151,12 +154,13 @@ def partition(
     | "keys" | balanced k-means of unit keys (MoEfication; EMoE, Qiu et al., 2024) | divisor nearest √n |
     | "hierarchy" | communities within communities, with a dendrogram (Dreveton et al., 2026) | found |
     | "spectral" | small n-cut of the graph of absolute weights, or of an affinity (Filan et al., 2021) | largest eigengap |
-    | "interaction" | communities of an affinity that tells how neurons interact, which has to be given | found |
+    | "interaction" | communities of an `InteractionBasis`, or of an affinity that tells how neurons interact | found |
     | "random" | equal parts at random: the baseline | divisor nearest √n |
 
     Args:
-        stats: what `cl.observe` measured on a wire, or a symmetric affinity (n, n): array, tensor or scipy sparse. An affinity may be
-            signed, as correlations are: negative entries hold nothing together, but make better controls.
+        stats: what `cl.observe` measured on a wire, an `InteractionBasis` of one (for "interaction"), or a symmetric affinity (n, n):
+            array, tensor or scipy sparse. An affinity may be signed, as correlations are: negative entries hold nothing together,
+            but make better controls.
         method: one of the above.
         k: number of modules. Those of "keys", "random" and, where k is given, "coactivation" and "interaction" are of equal
             size, so k has to divide n.
@@ -164,7 +168,10 @@ def partition(
         weight: of co-firing: "phi", the correlation of firing, or "ppmi" (see `circuitlab.analysis.affinity`).
         neighbours: each neuron keeps its so many heaviest edges; None for all up to 2,048 neurons, and 64 beyond.
         controls: how often the method is run again on controls of each kind; None for 39, or 19 from 512 neurons on; 0 for no
-            test. More than 4,096 neurons are tested on a random sample of 4,096.
+            test. More than 4,096 neurons are tested on a random sample of 4,096, those of a dense affinity on one of 512. An
+            interaction basis has its controls with it.
+        nodes: of an interaction basis, what is divided: "neurons" of the wire, "directions", or "both" wires' directions (see
+            `circuitlab.analysis.interaction.interaction_affinity`).
         progress: show a bar where it takes over a second.
 
     Raises:
@@ -176,7 +183,11 @@ def partition(
         raise InputError(f"there is no partition method {method!r}{hint} The methods are {', '.join(METHODS)}")
     if weight not in affinity.WEIGHTS:
         raise InputError(f"co-firing is weighted by one of {', '.join(affinity.WEIGHTS)}, not {weight!r}")
-    evidence, silent = _evidence(stats, method, weight, neighbours, seed)
+    if hasattr(stats, "C_pinv"):
+        evidence, silent = _interacting(stats, method, nodes, neighbours, controls)
+        controls = len(evidence.others)
+    else:
+        evidence, silent = _evidence(stats, method, weight, neighbours, seed)
     weights = evidence.weights
     n = int(weights.shape[0])
     _check_k(method, k, n)
@@ -201,7 +212,7 @@ def partition(
         found = hierarchy.levels(weights, labels, tree, shared) if pvalue <= LEVEL else ()
     return Partition(
         labels, int(labels.max()) + 1, method, seed, score, how.name, null, tested, control, pvalue,
-        str(getattr(stats, "wire", "")), getattr(stats, "ffn", None), silent, tree, found,
+        "" if hasattr(stats, "C_pinv") and nodes != "neurons" else str(getattr(stats, "wire", "")), getattr(stats, "ffn", None), silent, tree, found,
     )
 
 
@@ -220,8 +231,8 @@ def _evidence(stats: Any, method: str, weight: str, neighbours: int | None, seed
     nothing = np.zeros(0, dtype=np.int64)
     if method == "interaction" and measured:
         raise InputError(
-            "method=\"interaction\" takes the edges between features of an interaction basis as an affinity: cl.partition(edges, "
-            "method=\"interaction\"); for statistics of a wire use \"coactivation\""
+            "method=\"interaction\" takes an interaction basis: cl.partition(interaction_basis(model, batches, wire, controls=19), "
+            "method=\"interaction\"), or an affinity; for statistics of a wire use \"coactivation\""
         )
     if method == "keys":
         if not measured:
@@ -235,7 +246,28 @@ def _evidence(stats: Any, method: str, weight: str, neighbours: int | None, seed
         return Given(matrix, neighbours, seed), np.flatnonzero(spectral.strengths(abs(matrix)) == 0)
     together, firing, n = affinity.counts(stats)
     correlation = affinity.phi(together, firing, n)
-    return Cofiring(correlation, firing, n, weight, neighbours), np.flatnonzero((firing == 0) | (firing == n))
+
+    def drawn(correlation: NDArray[Any], firing: NDArray[Any], n: int) -> Any:
+        return graph(affinity.weigh(correlation, firing, n, weight), neighbours)
+
+    evidence = Cofiring(correlation, firing, n, weight, neighbours, features(stats, drawn))
+    return evidence, np.flatnonzero((firing == 0) | (firing == n))
+
+
+def _interacting(basis: Any, method: str, nodes: str, neighbours: int | None, controls: int | None) -> tuple[Networks, Labels]:
+    """The affinity of an interaction basis, with those of its controls."""
+    from circuitlab.analysis.interaction import interaction_affinity
+
+    if method not in ("interaction", "coactivation", "random"):
+        raise InputError(f"an interaction basis is divided by method=\"interaction\", not {method!r}")
+    drawn = basis.controls if controls is None else basis.controls[:controls]
+    if controls != 0 and len(drawn) < (controls or 1):
+        raise InputError(
+            f"this interaction basis has {len(basis.controls)} controls, and edges dealt out anew would be none, since the basis makes "
+            f"those of any network sparse: give interaction_basis(..., controls={controls or 19}), or controls=0 here for no test"
+        )
+    matrices = [interaction_affinity(one, nodes).numpy().astype(np.float32) for one in (basis, *drawn)]  # pyright: ignore[reportArgumentType]
+    return Networks(affinity.given(matrices[0]), tuple(matrices[1:]), neighbours), np.flatnonzero(~matrices[0].any(axis=1))
 
 
 def _finite(value: Any, name: str) -> NDArray[Any]:
@@ -284,13 +316,13 @@ def _test(
     if draws < 1:
         return np.zeros(0), score, "", float("nan")
     tested = score
+    trial = evidence if method == "random" else evidence.trial
     if n > _TESTED and method != "random":
-        members = np.sort(np.random.default_rng([seed, n]).choice(n, _TESTED, replace=False))
-        evidence = evidence.part(members)
-        weights = evidence.weights
+        trial = trial.part(np.sort(np.random.default_rng([seed, n]).choice(n, _TESTED, replace=False)))
+    weights = trial.weights
+    if trial is not evidence:
         tested = how.score(weights, how.find(weights, seed))
-    weights = evidence.weights
-    kinds = {"relabelled": lambda rng: weights} if method == "random" else evidence.controls
+    kinds = {"relabelled": lambda rng: weights} if method == "random" else trial.controls
     bar.total(1 + draws * len(kinds))
     worst: tuple[NDArray[np.float64], float, str, float] | None = None
     for number, (name, draw) in enumerate(kinds.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -18,7 +18,8 @@ from circuitlab.analysis import batches as walked
 from circuitlab.analysis.feedforward import FeedForward, blocks
 from circuitlab.analysis.labels import Labels
 from circuitlab.analysis.results import Result
-from circuitlab.analysis.tap import Tap
+from circuitlab.analysis.rows import Rows, run
+from circuitlab.analysis.sample import Reservoir, Sample
 from circuitlab.circuit import Circuit, Wire
 from circuitlab.errors import InputError
 from circuitlab.frames import frame
@@ -29,8 +30,9 @@ BLOCK = 2048
 """Neurons whose pairs with all later ones are counted at once."""
 CALIBRATION = 4096
 """Positions that the default threshold of a smooth activation is taken from."""
-BINS = tuple(2.0 ** (step / 4) for step in range(-64, 49))
-"""Edges of the histograms of a neuron's values, on both sides of zero: quarter octaves from 2^-16 to 2^12."""
+BINS = tuple(sorted({2.0 ** (step / 4) for step in range(-64, 49)} | {1 - 2.0 ** (-step / 4) for step in range(8, 85)}))
+"""Edges of the histograms of a neuron's values, on both sides of zero: quarter octaves from 2^-16 to 2^12, and of the distance
+to 1, where tanh and sigmoid saturate, down to 2^-21."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class NeuronStats(Result):
     """What the neurons of one wire did over all positions of all batches.
 
     Attributes:
-        wire: name of the hidden wire, and ffn: its block.
+        wire: name of the hidden wire, and ffn: its block; with [e] after it for expert e of many in one parameter.
         n: number of positions counted (tokens; without padding).
         threshold: a neuron fires where ``|h| > threshold``.
         firing: int64 (neurons,), positions at which each fires.
@@ -49,8 +51,9 @@ class NeuronStats(Result):
         label_names: names of the labels, () without labels.
         label_n: int64 (labels,), positions of each label.
         label_firing: int64 (labels, neurons). label_abs: float64 (labels, neurons), sums of |h|.
-        histogram: int32 (labels, neurons, bins) of h, in quarter octaves; None without labels.
+        histogram: int32 (labels, neurons, bins) of h, between `BINS`; None without labels.
         batches: number of batches walked. complete: whether that was all of them.
+        sample: some positions with what the block read there; None if that could not be had.
     """
 
     wire: str
@@ -71,6 +74,7 @@ class NeuronStats(Result):
     histogram: torch.Tensor | None = None
     batches: int = 0
     complete: bool = True
+    sample: Sample | None = None
 
     @property
     def magnitude(self) -> torch.Tensor:
@@ -124,6 +128,8 @@ def observe(
     *,
     threshold: float | None = None,
     mask: Any = "attention_mask",
+    sample: int = 2048,
+    seed: int = 0,
     resume: Mapping[str, NeuronStats] | None = None,
     progress: bool = True,
 ) -> dict[str, NeuronStats]:
@@ -142,11 +148,15 @@ def observe(
             the root mean square of h over the first 4,096 positions, to two digits.
         mask: positions to count: the name of an entry of dict batches (nothing is masked where it is missing), a
             function of a batch that gives booleans for each position, or None.
+        sample: number of positions, drawn at random, whose inputs and hidden values are kept: `partition` compares neurons
+            with random ones that read the same inputs. 0 keeps none.
+        seed: of that draw.
         resume: what an interrupted call gave.
         progress: show a progress bar.
 
     Returns:
-        wire name -> `NeuronStats`, on the CPU.
+        wire name -> `NeuronStats`, on the CPU. Where one parameter holds all experts of a mixture, each expert has its own, under
+        the wire's name and its number, as in "f[3]": of the positions that were sent to it. Experts that got none are left out.
 
     Raises:
         InputError: a wire that is no feed-forward block's, batches that are empty or can be walked only once, labels
@@ -159,24 +169,26 @@ def observe(
     with walked.evaluated(model) as copied:
         device = walked.device_of(copied)
         circuit = _traced(copied, walked.to_device(first, device))
-        chosen = {name: _alone(block, walked.examples(first)) for name, block in _chosen(circuit, wires).items()}
+        chosen = {name: _alone(block, walked.examples(first)) for name, block in _chosen(circuit, wires, stacked=True).items()}
         known = Labels(labels, batches)
-        counts = {name: _Count(block, copied, len(known.names), device) for name, block in chosen.items()}
+        counts = {name: _Count(block, copied, len(known.names), device, sample, seed) for name, block in _each(chosen).items()}
         skip = _resumed(counts, resume, known)
-        _calibrate(counts, threshold, copied, batches, mask, device, progress)
+        _calibrate(counts, chosen, threshold, copied, batches, mask, device, progress)
         seen, complete = skip, True
         try:
             for number, batch in walked.walk(batches, device, what="observing neurons", progress=progress, skip=skip):
-                parts = {name: _Parts() for name in counts}
-                _run(copied, batch, counts, parts)
+                parts = run(copied, batch, chosen)
                 wanted, marks = _mask(mask, batch), known.of(number, batch, device)
                 for name, count in counts.items():
-                    count.add(_Aligned(parts[name], count.block.batch, walked.examples(batch), wanted, marks, name), number)
+                    count.add(Rows(parts[_whole(name, chosen)], count.block, walked.examples(batch), wanted, marks, name), number)
                 seen = number + 1
         except KeyboardInterrupt:
             complete = False
             warnings.warn(f"interrupted after {seen} batches: these are the statistics so far; go on with observe(..., resume=stats)")
-    return {name: count.result(known.names, seen, complete) for name, count in counts.items()}
+    empty = [name for name, count in counts.items() if count.block.expert is not None and not count.n]
+    if empty:
+        warnings.warn(f"left out: no position was sent to {', '.join(empty)}")
+    return {name: count.result(known.names, seen, complete) for name, count in counts.items() if name not in empty}
 
 
 # what is observed -------------------------------------------------------------------------------------
@@ -189,8 +201,8 @@ def _traced(model: torch.nn.Module, batch: Any) -> Circuit:
     return trace(model, *args, **kwargs)
 
 
-def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None) -> dict[str, FeedForward]:
-    """Wire name -> block, of the wires that are asked for."""
+def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bool = False) -> dict[str, FeedForward]:
+    """Wire name -> block, of the wires that are asked for; those of stacked experts are left out if they cannot be told apart."""
     found = blocks(circuit)
     if wires is None:
         asked: list[Wire | str] = list(found)
@@ -207,7 +219,7 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None) -> dict[str, F
             has = f"those of {type(circuit).__name__} {circuit.title} are {', '.join(b.wire for b in found.values())}" if found else (
                 f"{circuit.title} has none")
             raise InputError(f"{what} is no hidden wire of a feed-forward block; {has}; see circuit.ffn")
-        if block.stacked > 1:
+        if block.stacked > 1 and not (stacked and _told(block)):
             warnings.warn(f"{block.wire} is left out: neuron j of its {block.stacked} experts, which share one parameter, is "
                           f"another in each ({block.values[0].parameter})")
             continue
@@ -218,27 +230,32 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None) -> dict[str, F
     return chosen
 
 
+def _told(block: FeedForward) -> bool:
+    """Whether the values of stacked experts can be told apart: a dimension counts them, or a grouped product has their rows."""
+    maps = (*block.keys, *block.gates, *block.values)
+    return all(w.along is not None and w.stacked == block.stacked for w in maps) and (
+        block.experts is not None or all("grouped_mm" in w.fn for w in maps))
+
+
+def _each(blocks: Mapping[str, FeedForward]) -> dict[str, FeedForward]:
+    """The same with each of stacked experts by itself."""
+    found: dict[str, FeedForward] = {}
+    for name, block in blocks.items():
+        one = block.stacked == 1
+        found |= {name: block} if one else {f"{name}[{e}]": replace(block, expert=e) for e in range(block.stacked)}
+    return found
+
+
+def _whole(name: str, blocks: Mapping[str, FeedForward]) -> str:
+    """Name of the wire that an expert is of."""
+    return name if name in blocks else name.rpartition("[")[0]
+
+
 def _alone(block: FeedForward, examples: int) -> FeedForward:
     """The block of a run on one example, whose axis is no wire: it is the first of size 1."""
     if block.batch is not None or examples > 1:
         return block
     return replace(block, batch=next((number for number, dim in enumerate(block.positions) if not dim), 0))
-
-
-@dataclass
-class _Parts:
-    """The hidden values of a wire in one run: several tensors if its block is called in parts."""
-
-    tensors: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
-
-
-def _run(model: torch.nn.Module, batch: Any, counts: Mapping[str, Any], parts: Mapping[str, _Parts]) -> None:
-    def visit(wire: str, hidden: torch.Tensor) -> None:
-        parts[wire].tensors.append(hidden)
-
-    args, kwargs = walked.inputs_of(model, batch)
-    with Tap(model, {name: count.block for name, count in counts.items()}, visit):
-        model(*args, **kwargs)
 
 
 def _mask(mask: Any, batch: Any) -> torch.Tensor | None:
@@ -250,39 +267,12 @@ def _mask(mask: Any, batch: Any) -> torch.Tensor | None:
     return None
 
 
-class _Aligned:
-    """Hidden values as rows (positions, neurons), with what is known of each position."""
-
-    def __init__(
-        self, parts: _Parts, leading: int | None, examples: int, mask: torch.Tensor | None, marks: torch.Tensor | None, wire: str
-    ) -> None:
-        self.rows: list[torch.Tensor] = []
-        for hidden in parts.tensors:
-            if leading and hidden.ndim > leading + 1:
-                hidden = hidden.movedim(leading, 0)
-            self.rows.append(hidden.flatten(0, -2) if hidden.ndim > 1 else hidden[None])
-        self.total = sum(len(rows) for rows in self.rows)
-        self.whole = leading is not None and len(self.rows) == 1
-        self.mask = self._spread(mask, examples, wire, "mask")
-        self.marks = self._spread(marks, examples, wire, "labels")
-
-    def _spread(self, given: torch.Tensor | None, examples: int, wire: str, what: str) -> torch.Tensor | None:
-        """What is given for each example or position, for each row."""
-        if given is None:
-            return None
-        if not self.whole or self.total % max(given.numel(), 1):
-            if what == "labels":
-                raise InputError(f"{what}: the {self.total} positions of {wire} cannot be told apart by {tuple(given.shape)} "
-                                 "labels; give one for each example, or for each position, or leave this wire out")
-            return None
-        return given.reshape(-1).repeat_interleave(self.total // given.numel())
-
-
 class _Count:
-    """The sums over positions of one wire."""
+    """The sums over positions of one wire, or of one expert's part of it."""
 
-    def __init__(self, block: FeedForward, model: torch.nn.Module, labels: int, device: torch.device) -> None:
+    def __init__(self, block: FeedForward, model: torch.nn.Module, labels: int, device: torch.device, sample: int = 0, seed: int = 0) -> None:
         self.block, self.device = block, device
+        self.name = block.wire if block.expert is None else f"{block.wire}[{block.expert}]"
         self.threshold = 0.0
         size = block.size
         self.exact = torch.float64 if device.type != "mps" else torch.float32
@@ -297,25 +287,33 @@ class _Count:
         bins = 2 * len(BINS) + 1
         self.histogram = torch.zeros(labels, size, bins, dtype=torch.int32, device=device) if labels else None
         self.edges = torch.tensor([-edge for edge in reversed(BINS)] + list(BINS), device=device)
-        named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        self.keys = torch.cat([weight.of(named[weight.parameter].detach()) for weight in block.first[:1]]).cpu().clone()
-        self.values = block.values[0].of(named[block.values[0].parameter].detach()).cpu().clone()
+        self.named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        first, value = block.first[0], block.values[0]
+        self.keys = first.of(self.named[first.parameter].detach(), block.expert).cpu().clone()
+        self.values = value.of(self.named[value.parameter].detach(), block.expert).cpu().clone()
+        self.reservoir = Reservoir(sample, seed) if sample else None
 
-    def add(self, seen: _Aligned, number: int) -> None:
+    def add(self, seen: Rows, number: int) -> None:
         """Add the positions of one batch."""
         start = 0
-        for whole in seen.rows:
-            for rows in whole.split(ROWS):
+        for whole, read in zip(seen.hidden, seen.inputs, strict=True):
+            for at in range(0, len(whole), ROWS):
+                rows, inputs = whole[at : at + ROWS], None if read is None else read[at : at + ROWS]
                 part = slice(start, start + len(rows))
                 start += len(rows)
                 marks = None if seen.marks is None else seen.marks[part]
                 if seen.mask is not None:
                     keep = seen.mask[part]
-                    rows, marks = rows[keep], None if marks is None else marks[keep]
+                    rows, marks, inputs = rows[keep], None if marks is None else marks[keep], None if inputs is None else inputs[keep]
+                if self.block.experts is not None and self.block.expert is not None and inputs is not None:
+                    sent = inputs.any(-1)  # positions that were not sent to this expert are zero
+                    rows, marks, inputs = rows[sent], None if marks is None else marks[sent], inputs[sent]
+                if self.reservoir is not None and len(rows):
+                    self.reservoir.add(self.n, inputs, rows)
                 self._add(rows.float(), marks)
         if not bool(self.sums[1].isfinite().all()):
             bad = int((~self.sums[1].isfinite()).nonzero()[0])
-            raise InputError(f"neuron {bad} of {self.block.wire} is not finite in batch {number}: the model's activations are NaN or "
+            raise InputError(f"neuron {bad} of {self.name} is not finite in batch {number}: the model's activations are NaN or "
                              "infinite there; look at the weights and at that batch")
 
     def _add(self, rows: torch.Tensor, marks: torch.Tensor | None) -> None:
@@ -363,20 +361,23 @@ class _Count:
             upper[at + BLOCK :, part] = upper[part, at + BLOCK :].T
         if complete and not bool(self.firing.any()):
             largest = float(self.sums[1].max() / max(self.n, 1))
-            raise InputError(f"no neuron of {self.block.wire} fires: no |h| is above the threshold {self.threshold:g} at {self.n} "
+            raise InputError(f"no neuron of {self.name} fires: no |h| is above the threshold {self.threshold:g} at {self.n} "
                              f"positions (the largest mean |h| is {largest:.3g}); give a lower threshold=")
         sums = self.sums.cpu().double() / max(self.n, 1)
         labelled = bool(names)
         return NeuronStats(
-            self.block.wire, self.block, self.n, self.threshold, self.firing.cpu(), upper, sums[0], sums[1], sums[2],
+            self.name, self.block, self.n, self.threshold, self.firing.cpu(), upper, sums[0], sums[1], sums[2],
             self.keys, self.values, names, self.label_n.cpu() if labelled else None,
             self.label_firing.cpu() if labelled else None, self.label_abs.cpu().double() if labelled else None,
             None if self.histogram is None else self.histogram.cpu(), seen, complete,
+            None if self.reservoir is None else self.reservoir.sample(self.block, self.named),
         )
 
     def go_on(self, stats: NeuronStats) -> None:
         """Start from what was counted before."""
         self.n, self.threshold, self.since = stats.n, stats.threshold, 0
+        if self.reservoir is not None and stats.n:
+            self.reservoir.go_on(stats.sample, self.device)
         self.firing = stats.firing.to(self.device, copy=True)
         self.total = stats.cofiring.to(self.device).long().triu() if stats.n >= 2**24 else None
         if self.total is None:
@@ -393,17 +394,18 @@ def _resumed(counts: Mapping[str, _Count], resume: Mapping[str, NeuronStats] | N
     """Start counts from those of an interrupted call; the number of batches that it walked."""
     if resume is None:
         return 0
-    missing = [name for name in counts if name not in resume]
+    missing = [name for name, count in counts.items() if name not in resume and count.block.expert is None]
     different = [name for name, stats in resume.items() if name in counts and stats.label_names != known.names]
     if missing or different or len({stats.batches for stats in resume.values()}) > 1:
         raise InputError(f"resume must be what observe gave for the same wires and labels: {missing or different} differ")
-    for name, count in counts.items():
-        count.go_on(resume[name])
+    for name, stats in resume.items():
+        if name in counts:
+            counts[name].go_on(stats)
     return next(iter(resume.values())).batches
 
 
 def _calibrate(
-    counts: Mapping[str, _Count], threshold: float | None, model: torch.nn.Module, batches: Any,
+    counts: Mapping[str, _Count], chosen: Mapping[str, FeedForward], threshold: float | None, model: torch.nn.Module, batches: Any,
     mask: Any, device: torch.device, progress: bool,
 ) -> None:
     """Set the thresholds."""
@@ -416,11 +418,10 @@ def _calibrate(
     smooth = {name: count for name, count in counts.items() if not count.block.zeros and not count.n}
     squares: dict[str, tuple[float, int]] = dict.fromkeys(smooth, (0.0, 0))
     for _, batch in walked.walk(batches, device, what="setting thresholds", progress=progress) if smooth else ():
-        parts = {name: _Parts() for name in smooth}
-        _run(model, batch, smooth, parts)
+        parts = run(model, batch, chosen)
         for name, count in smooth.items():
-            seen = _Aligned(parts[name], count.block.batch, walked.examples(batch), _mask(mask, batch), None, name)
-            rows = torch.cat(seen.rows) if seen.rows else torch.zeros(0, count.block.size, device=device)
+            seen = Rows(parts[_whole(name, chosen)], count.block, walked.examples(batch), _mask(mask, batch), None, name)
+            rows = torch.cat(seen.hidden) if seen.hidden else torch.zeros(0, count.block.size, device=device)
             rows = (rows if seen.mask is None else rows[seen.mask])[: CALIBRATION - squares[name][1]]
             total, n = squares[name]
             squares[name] = (total + float(rows.to(count.exact).square().sum()), n + len(rows))

@@ -4,11 +4,15 @@ An optimiser finds communities in anything: a sparse random graph easily has Q =
 is run again on controls, and its score counts only by its rank among theirs, p = (r + 1) / (n + 1), where r of n controls
 score as well or better. Each kind of evidence has the control that keeps what is not modular about it:
 
-- **random network** (co-firing): random directions in a space with the spectrum of the measured activity, and each neuron's
-  own firing rate; see `surrogate`. **independent**: neurons at their rates with nothing in common.
-- **rotated** (keys, dense affinities): neurons are replaced by random mixtures of all neurons, R X or R C Rᵀ with a random
-  orthogonal R. It keeps the spectrum and the mean, but no neuron is privileged; random keys have the same distribution after
-  as before.
+- **random keys on the same inputs** (co-firing): random directions that read what the block read; see `features`.
+- **random network**, where the inputs are not known: random directions in a space with the spectrum of the measured activity,
+  and each neuron's own firing rate; see `surrogate`. **independent**: neurons at their rates with nothing in common.
+- **rotated** (keys): neurons are replaced by random mixtures of all neurons, R X with a random orthogonal R. It keeps the
+  covariance and the mean, but no neuron is privileged; random keys have the same distribution after as before.
+- **same entries and spectrum** (dense affinities): rotated as well, R C Rᵀ, and brought to the entries and to the spectrum of the
+  affinity in turn, until it has both. Each alone is beaten by what is not modular: random entries of a skewed distribution,
+  such as correlations clipped at 0, by their entries, random directions in a small space by their spectrum.
+- **networks of the same weights** (interaction bases): the bases of networks whose weights are dealt out anew.
 - **rewired** (sparse affinities): edges are switched, every degree kept, weights dealt out anew (the configuration model;
   Maslov & Sneppen, 2002).
 - **shuffled** (keys, weights): the entries of each column dealt out anew over the neurons (Filan et al., 2021, shuffle layers).
@@ -31,11 +35,14 @@ from scipy import fft, sparse
 from circuitlab.analysis import affinity
 from circuitlab.analysis.balanced import blocks
 from circuitlab.analysis.communities import _LOCK, upper
+from circuitlab.analysis.features import Features
 from circuitlab.analysis.spectral import Bipartite
 from circuitlab.analysis.surrogate import Surrogate, mirrored, simulated
 
 Floats = NDArray[np.floating[Any]]
 Draw = Callable[[np.random.Generator], Any]
+_DECOMPOSED = 512
+"""Nodes of a dense affinity that is compared with others of its spectrum."""
 
 
 class Evidence(Protocol):
@@ -44,6 +51,7 @@ class Evidence(Protocol):
     Attributes:
         weights: what methods work on.
         controls: name -> a function that draws `weights` without modules.
+        trial: the evidence that is tested against its controls: itself, or another about the same neurons.
     """
 
     @property
@@ -52,99 +60,70 @@ class Evidence(Protocol):
     @property
     def controls(self) -> Mapping[str, Draw]: ...
 
+    @property
+    def trial(self) -> Evidence: ...
+
     def part(self, members: NDArray[np.int64]) -> Evidence:
-        """The same evidence about some of the neurons alone."""
+        """The same evidence about some of the neurons alone, those of a community."""
         ...
 
 
 # mixing neurons ---------------------------------------------------------------------------------------
 
 
-class Rotation:
-    """Random orthogonal mixtures R = Πᵀ Fᵀ (1 ⊕ S P) F Π that keep the constant vector.
-
-    Π and P are random permutations, S random signs, F the discrete cosine transform: n² log n operations to mix a matrix,
-    against n³ for a dense R (as in Ailon & Chazelle, 2009).
-    """
-
-    def __init__(self, n: int, rng: np.random.Generator) -> None:
-        self.order = rng.permutation(n)
-
-    def forward(self, rows: Floats) -> Floats:
-        """F Π along the last axis."""
-        return np.asarray(fft.dct(rows[..., self.order], norm="ortho", overwrite_x=True))
-
-    def mixed(self, n: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], Floats]:
-        """A drawn S P: where each coefficient comes from, and its sign."""
-        order = np.concatenate([[0], 1 + rng.permutation(n - 1)])
-        signs = rng.choice(np.array([-1, 1], dtype=np.float32), n)
-        signs[0] = 1
-        return order, signs
-
-    def back(self, rows: Floats) -> Floats:
-        """Fᵀ along the last axis; the neurons stay in the order of Π."""
-        return np.asarray(fft.idct(rows, norm="ortho", overwrite_x=True))
-
-
-def balance(matrix: Floats, rounds: int = 6) -> Floats:
-    """Scales s (n,) for which matrix_ij / (s_i s_j) has rows of equal sums of squares, 1 on average entry."""
-    n = len(matrix)
-    scale = np.ones(n)
-    for _ in range(rounds):
-        weight = 1 / scale**2
-        sums = np.concatenate([(matrix[rows].astype(np.float32) ** 2) @ weight.astype(np.float32) for rows in blocks(n)])
-        sums = sums.astype(np.float64) / max(n - 1, 1)
-        live = sums > 0
-        scale = np.where(live, np.sqrt(scale * np.sqrt(np.where(live, sums, 1))), scale)
-    return scale.astype(np.float32)
-
-
-class Rotated:
-    """Draws R C Rᵀ for a symmetric matrix with zero diagonal; rows and columns that are zero stay so.
-
-    Rows are brought to equal strength before mixing and after, and get their strengths back at the end.
-    """
-
-    def __init__(self, matrix: Floats, rng: np.random.Generator) -> None:
-        self.n = len(matrix)
-        self.live = np.flatnonzero([bool(matrix[i].any()) for i in range(self.n)])
-        core = matrix[np.ix_(self.live, self.live)] if len(self.live) < self.n else matrix
-        self.scale = balance(core)
-        self.rotation = Rotation(len(self.live), rng)
-        self.spectrum = np.empty(core.shape, dtype=np.float32)
-        for rows in blocks(len(core)):
-            self.spectrum[rows] = self.rotation.forward(core[rows] / self.scale[rows, None] / self.scale)
-        for columns in blocks(len(core)):
-            self.spectrum[:, columns] = self.rotation.forward(np.ascontiguousarray(self.spectrum[:, columns].T)).T
-
-    def __call__(self, rng: np.random.Generator) -> Floats:
-        m = len(self.live)
-        order, signs = self.rotation.mixed(m, rng)
-        out = np.empty((m, m), dtype=np.float32)
-        for rows in blocks(m):
-            out[rows] = self.rotation.back(self.spectrum[order[rows]][:, order] * signs[rows, None] * signs)
-        for columns in blocks(m):
-            out[:, columns] = self.rotation.back(np.ascontiguousarray(out[:, columns].T)).T
-        np.fill_diagonal(out, 0)
-        ratio = self.scale[self.rotation.order] / balance(out)
-        out *= ratio[:, None]
-        out *= ratio
-        whole = np.zeros((self.n, self.n), dtype=np.float32)
-        at = self.live[self.rotation.order]
-        whole[np.ix_(at, at)] = out
-        return whole
-
-
 def rotated_rows(rows: Floats, rng: np.random.Generator) -> Floats:
-    """R X for rows X (n, d): random mixtures of the rows, with their mean and covariance."""
+    """R X for rows X (n, d): random mixtures of the rows, with their mean and covariance.
+
+    R is orthogonal and keeps the constant vector: cosine transforms, random signs and permutations in turn (as in Ailon &
+    Chazelle, 2009), n log n operations for each column. One turn is not enough for the mixtures to be as random as those of a dense R.
+    """
     n = len(rows)
-    rotation = Rotation(n, rng)
-    order, signs = rotation.mixed(n, rng)
+    if n < 3:
+        return np.asarray(rows, dtype=np.float32)[rng.permutation(n)]
+    first, last = rng.permutation(n), rng.permutation(n)
+    turns = [(rng.permutation(n - 1), rng.choice(np.array([-1, 1], dtype=np.float32), n - 1)) for _ in range(3)]
     out = np.empty((n, rows.shape[1]), dtype=np.float32)
     for columns in blocks(rows.shape[1]):
-        spectrum = rotation.forward(np.ascontiguousarray(rows[:, columns].T, dtype=np.float32))
-        out[:, columns] = rotation.back(spectrum[:, order] * signs).T
+        spectrum = np.asarray(fft.dct(np.ascontiguousarray(rows[first, columns].T, dtype=np.float32), norm="ortho"))
+        for order, signs in turns:
+            spectrum[:, 1:] = fft.dct(spectrum[:, 1:][:, order] * signs, norm="ortho")
+        out[:, columns] = np.asarray(fft.idct(spectrum, norm="ortho"))[:, last].T
     return out
+
+
+class Alike:
+    """Draws matrices with the entries and the spectrum of a symmetric one with zero diagonal, and random eigenvectors.
+
+    A rotated matrix is brought to the one and to the other in turn, as Schreiber & Schmitz (1996) do for time series. Rows that are
+    zero stay so. The strengths of the others are not kept: controls of equal strengths are too easy to beat.
+    """
+
+    def __init__(self, matrix: Floats) -> None:
+        self.live = np.flatnonzero([bool(row.any()) for row in matrix])
+        self.n, self.core = len(matrix), matrix[np.ix_(self.live, self.live)].astype(np.float64)
+        self.pairs = np.triu_indices(len(self.core), 1)
+        self.entries, self.spectrum = np.sort(self.core[self.pairs]), np.linalg.eigvalsh(self.core)
+
+    def __call__(self, rng: np.random.Generator, turns: int = 10) -> Floats:
+        seed = int(rng.integers(2**31))
+        drawn = rotated_rows(rotated_rows(self.core, np.random.default_rng(seed)).T, np.random.default_rng(seed)).astype(np.float64)
+        drawn = self._dealt(drawn)
+        for _ in range(turns):
+            vectors = np.linalg.eigh(drawn)[1]
+            before, drawn = drawn, self._dealt((vectors * self.spectrum) @ vectors.T)
+            if np.array_equal(before, drawn):
+                break
+        whole = np.zeros((self.n, self.n), dtype=np.float32)
+        whole[np.ix_(self.live, self.live)] = drawn
+        return whole
+
+    def _dealt(self, matrix: Floats) -> Floats:
+        """The entries in the order of those of a matrix."""
+        values = np.empty(len(self.entries))
+        values[np.argsort(matrix[self.pairs], kind="stable")] = self.entries
+        out = np.zeros_like(matrix)
+        out[self.pairs] = values
+        return out + out.T
 
 
 # evidence ---------------------------------------------------------------------------------------------
@@ -160,13 +139,14 @@ def graph(weights: Floats, neighbours: int | None) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Cofiring:
-    """Signed phi (f, f) with the rates that it came from."""
+    """Signed phi (f, f) with the rates that it came from, and the neurons on a sample of their inputs if that is known."""
 
     correlation: Floats
     firing: Floats
     n: int
     weight: str = "phi"
     neighbours: int | None = None
+    features: Features | None = None
 
     def _graph(self, correlation: Floats) -> Any:
         return graph(affinity.weigh(correlation, self.firing, self.n, self.weight), self.neighbours)
@@ -199,11 +179,16 @@ class Cofiring:
             noise = rng.standard_normal((len(live), len(live)), dtype=np.float32)
             return whole(mirrored(noise / np.float32(self.n**0.5)))
 
-        return {"random network": network, "independent": independent}
+        return {"random network, inputs not known": network, "independent": independent}
+
+    @property
+    def trial(self) -> Evidence:
+        return self.features or self
 
     def part(self, members: NDArray[np.int64]) -> Cofiring:
         inner = self.correlation[np.ix_(members, members)]
-        return Cofiring(inner, self.firing[members], self.n, self.weight, self.neighbours)
+        features = None if self.features is None else self.features.part(members)
+        return Cofiring(inner, self.firing[members], self.n, self.weight, self.neighbours, features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +202,11 @@ class Given:
 
     @cached_property
     def is_graph(self) -> bool:
-        """Whether it is a graph, whose edges can be rewired: sparse, less than half filled, or all edges alike."""
+        """Whether it is a graph, whose edges can be rewired: sparse, less than a tenth filled, or all edges alike."""
         if self.edges is not None or sparse.issparse(self.matrix):
             return self.edges is not False
         filled = np.count_nonzero(self.matrix) / max(self.matrix.size - len(self.matrix), 1)
-        return filled < 0.5 or np.isin(self.matrix, (0, self.matrix.max())).all().item()
+        return filled < 0.1 or np.isin(self.matrix, (0, self.matrix.max())).all().item()
 
     @property
     def weights(self) -> Any:
@@ -236,18 +221,50 @@ class Given:
             dense = not sparse.issparse(self.matrix)
             edges = upper(self.matrix)
             return {"rewired": lambda rng: rewired(edges, rng).toarray().astype(np.float32) if dense else rewired(edges, rng)}
-        rotated: list[Rotated] = []
+        known: list[Alike] = []
 
-        def rotate(rng: np.random.Generator) -> Any:
-            if not rotated:
-                rotated.append(Rotated(self.matrix, np.random.default_rng(self.seed)))
-            return graph(np.maximum(rotated[0](rng), 0), self.neighbours)
+        def alike(rng: np.random.Generator) -> Any:
+            if not known:
+                known.append(Alike(self.matrix))
+            return graph(np.maximum(known[0](rng), 0), self.neighbours)
 
-        return {"rotated": rotate}
+        return {"same entries and spectrum": alike}
+
+    @property
+    def trial(self) -> Given:
+        """Its own; some of the nodes where there are too many to decompose."""
+        if self.is_graph or len(self.matrix) <= _DECOMPOSED:
+            return self
+        return self.part(np.sort(np.random.default_rng([self.seed, len(self.matrix)]).choice(len(self.matrix), _DECOMPOSED, replace=False)))
 
     def part(self, members: NDArray[np.int64]) -> Given:
         inner = self.matrix[members][:, members]
         return Given(inner, self.neighbours, self.seed, self.is_graph)
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """An affinity, and those of control networks, which are drawn in turn."""
+
+    matrix: Floats
+    others: tuple[Floats, ...]
+    neighbours: int | None = None
+
+    @property
+    def weights(self) -> Any:
+        return graph(np.maximum(self.matrix, 0), self.neighbours)
+
+    @property
+    def controls(self) -> Mapping[str, Draw]:
+        waiting = iter(self.others)
+        return {"networks of the same weights": lambda rng: graph(np.maximum(next(waiting), 0), self.neighbours)}
+
+    @property
+    def trial(self) -> Networks:
+        return self
+
+    def part(self, members: NDArray[np.int64]) -> Given:
+        return Given(self.matrix[members][:, members], self.neighbours)
 
 
 def rewired(edges: Any, rng: np.random.Generator) -> Any:
@@ -289,6 +306,10 @@ class Keys:
             "shuffled": lambda rng: unit(rng.permuted(self.rows, axis=0)),
         }
 
+    @property
+    def trial(self) -> Keys:
+        return self
+
     def part(self, members: NDArray[np.int64]) -> Keys:
         return Keys(self.rows[members])
 
@@ -309,6 +330,10 @@ class Weights:
     @property
     def controls(self) -> Mapping[str, Draw]:
         return {"shuffled": lambda rng: Bipartite(rng.permuted(self.weights.edges, axis=0))}
+
+    @property
+    def trial(self) -> Weights:
+        return self
 
     def part(self, members: NDArray[np.int64]) -> Weights:
         return Weights(Bipartite(self.weights.edges[members]))

@@ -19,6 +19,11 @@ from circuitlab.errors import InputError
 Visit = Callable[[str, torch.Tensor], torch.Tensor | None]
 """(wire, values with the neurons or inputs as last dimension) -> what to put in their place, or None to leave them."""
 
+Origin = tuple[torch.Tensor, int]
+"""Rows of a matrix that were picked from another: their numbers there, and how many rows that has."""
+
+_KEEPS_ROWS = frozenset("to float half bfloat16 type contiguous clone detach dropout mul mul_ masked_fill masked_fill_".split())
+
 
 class Tap(TorchFunctionMode):
     """While active, hands what blocks compute to functions.
@@ -29,6 +34,10 @@ class Tap(TorchFunctionMode):
         visit: gets hidden values, of shape (..., neurons), each time that a value map is about to read them; what it puts
             in their place is read by all value maps of the block.
         enter: gets the inputs of a block, of shape (..., inputs), each time that its first map is about to read them.
+
+    Attributes:
+        groups: in a call of a function, the ends of each expert's rows if the values are read by a grouped product.
+        origin: in a call of a function, where the rows of the values were picked from, if that is known.
     """
 
     def __init__(
@@ -38,6 +47,9 @@ class Tap(TorchFunctionMode):
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.put: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.changed: set[str] = set()
+        self.origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.groups: torch.Tensor | None = None
+        self.origin: Origin | None = None
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         for wire, block in blocks.items():
             for weights, size, function in ((block.values, block.size, visit), (block.first[:1], 0, enter)):
@@ -54,7 +66,7 @@ class Tap(TorchFunctionMode):
         for tensor in tensors:
             readers = readers or self.known.get(tensor) or ()
         if not readers:
-            return func(*args, **kwargs)
+            return self._followed(getattr(func, "__name__", ""), tensors, func(*args, **kwargs))
         name, met = getattr(func, "__name__", ""), False
         for wire, weight, size, function in readers:
             if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.known:
@@ -62,6 +74,8 @@ class Tap(TorchFunctionMode):
             values = tensors[weight.operand]
             if values.ndim >= -weight.axis and size in (0, values.shape[weight.axis]):
                 met = True
+                self.groups = next((t for t in tensors if t.ndim == 1 and not t.is_floating_point()), None) if "grouped_mm" in name else None
+                self.origin = self.origins.get(values)
                 put = self._put(wire, weight, values, function)
                 if put is not None:
                     args, kwargs = _replaced(args, kwargs, values, put)
@@ -69,6 +83,19 @@ class Tap(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not met and isinstance(result, torch.Tensor) and not any(result is tensor for tensor in tensors):
             self.known[result] = readers  # a cast or a view of the parameter, or one expert of many
+        return result
+
+    def _followed(self, name: str, tensors: list[torch.Tensor], result: Any) -> Any:
+        """A function's result, and where its rows come from."""
+        if not isinstance(result, torch.Tensor) or result.ndim != 2 or not tensors or not result.is_floating_point():
+            return result
+        source, before = tensors[0], self.origins.get(tensors[0])
+        if name in ("__getitem__", "index_select") and len(tensors) == 2:
+            index = tensors[1]
+            if source.ndim == 2 and index.ndim == 1 and index.dtype == torch.int64 and result.shape == (len(index), source.shape[1]):
+                self.origins[result] = (index, len(source)) if before is None else (before[0][index], before[1])
+        elif before is not None and name in _KEEPS_ROWS and result.shape == source.shape:
+            self.origins[result] = before
         return result
 
     def _put(self, wire: str, weight: Weight, values: torch.Tensor, function: Visit | None) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ def kmeans(neurons, dims, k, iterations, reference):
     labels = balanced.kmeans(keys, k, rng, iterations=iterations, start=start)
     ours = time.process_time() - clock, balanced.inertia(keys, labels)
     clock = time.process_time()
-    balanced.assign(keys @ (-2 * start.T) + (start**2).sum(axis=1))
+    balanced.assign(balanced.distances(keys, start))
     step = time.process_time() - clock
     if not reference:
         return ours, step, None
