@@ -136,6 +136,32 @@ def test_permutations_of_other_types():
         assert equal(model, cl.match(model, other, x).apply(other))
 
 
+class Biased(nn.Module):
+    """Each head sees with a slope of its own, so that heads cannot be permuted, and the entries of each can."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (3, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        distance = torch.arange(x.shape[1])[None] - torch.arange(x.shape[1])[:, None]
+        slopes = 2.0 ** -torch.arange(1, 4)
+        return self.o(((q @ k.mT - distance.abs() * slopes[:, None, None]).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("method", ["weights", "activations", "sinkhorn", "straight-through"])
+def test_wires_within_a_frozen_one(method):
+    torch.manual_seed(0)
+    model, given = Biased().eval(), [(torch.randn(2, 5, 12), torch.zeros(2, 5, 12)) for _ in range(3)]
+    symmetry = cl.trace(model, given[0][0]).symmetry()
+    assert sorted(map(symmetry.shape, symmetry.wires)) == [(3, 4), (3, 4)]
+    other = symmetry.apply(model, symmetry.random(1))
+    match = cl.match(model, other, method=method, batches=given, loss="mse", steps=2, progress=False)
+    assert equal(model, match.apply(other))
+    assert any("numbers its entries" in why for why in match.frozen.values())
+
+
 # against all permutations -----------------------------------------------------------------------------
 
 
@@ -435,6 +461,7 @@ X = torch.zeros(2, 3)
     (mlp(), "b", {}, "model_b must be a torch.nn.Module"),
     (nn.Linear(3, 2), nn.Linear(3, 2), {}, "no wire that can be permuted"),
     (mlp(), mlp(), {"method": "straight-through", "batches": [(X, X)]}, "no loss of its own"),
+    (mlp(), mlp(), {"method": "sinkhorn", "batches": [(X, X)], "loss": lambda output, batch: output.argmax(-1).float().mean()}, "has no gradient"),
 ])
 def test_what_cannot_be_matched_is_an_error(one, two, options, message):
     with pytest.raises(cl.CircuitlabError, match=message):

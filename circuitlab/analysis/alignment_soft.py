@@ -110,7 +110,13 @@ def straight_through(symmetry: Symmetry, made: Alignment, state: State, model: t
 def _give(leaves: Mapping[str, torch.Tensor], loss: Any, of: Mapping[str, torch.Tensor] | None = None) -> None:
     """Gradients for an optimiser, of a loss for tensors of the same names; no others are touched, as ``backward`` would."""
     wanted = {name: values for name, values in (of or leaves).items() if values.requires_grad}
-    for name, grad in zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True):
+    try:
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"the loss has no gradient for the model's parameters ({error}); method='weights' and 'activations' need none") from error
+    for name, grad in zip(wanted, grads, strict=True):
         leaves[name].grad = grad
 
 
