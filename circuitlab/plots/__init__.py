@@ -20,6 +20,7 @@ from circuitlab.plots.modules import (
 )
 from circuitlab.plots.paths import collapse
 from circuitlab.plots.style import PIXELS, aggregated, colour
+from circuitlab.plots.surfaces import curve, instability, plane, ridge, spectrum, surface
 from circuitlab.plots.wires import stitching, width_curve
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "bars",
     "collapse",
     "colour",
+    "curve",
     "expert_curve",
     "flows",
+    "instability",
     "layer_paths",
     "match",
     "matrix",
@@ -39,7 +42,11 @@ __all__ = [
     "partition",
     "path",
     "places",
+    "plane",
+    "ridge",
+    "spectrum",
     "stitching",
+    "surface",
     "timeline",
     "triples",
     "width_curve",
