@@ -86,6 +86,15 @@ def test_a_place_in_a_figure_is_in_a_module(setting):
     assert plots.module_at(part.plot(), 1.2) == 1
 
 
+def test_the_lab_shows_what_there_is_to_show(setting):
+    model, ids, *_ = setting
+    alone = cl.explore(model, ids, progress=False)
+    assert [type(child).__name__ for child in alone.children] == ["DiagramWidget"]
+    whole = cl.explore(model, ids, batches=[(ids, ids)], loss="cross_entropy", method="keys", progress=False)
+    assert whole.children == (whole.diagram, whole.panel, whole.landscape)
+    assert len(whole.landscape.data)
+
+
 def test_the_lab_follows_the_diagram_and_back(setting):
     model, ids, circuit, stats, parts = setting
     (wire,) = parts

@@ -18,6 +18,7 @@ import traitlets
 from circuitlab import plots
 from circuitlab.analysis.activity import TopPositions
 from circuitlab.analysis.feedforward import FeedForward
+from circuitlab.analysis.surface import Surface
 from circuitlab.circuit import Circuit
 from circuitlab.widgets.diagram import DiagramWidget
 
@@ -33,6 +34,7 @@ class Lab(ipywidgets.VBox):
         partitions: wire name -> `Partition`; assign others to show those.
         stats: wire name -> `NeuronStats`.
         top: `TopPositions` of the partitions, or None.
+        landscape: the figure of the loss around the model, or None.
         wire: name of the wire whose modules are shown, "" for none. Observe it, or assign it.
         module: number of the module that is looked at, -1 for none. Observe it, or assign it.
     """
@@ -45,7 +47,7 @@ class Lab(ipywidgets.VBox):
 
     def __init__(
         self, circuit: Circuit, partitions: Mapping[str, Any] | None = None, stats: Mapping[str, Any] | None = None,
-        top: TopPositions | None = None, *, notes: str = "", **options: Any,
+        top: TopPositions | None = None, *, surface: Surface | None = None, notes: str = "", **options: Any,
     ) -> None:
         self.diagram = DiagramWidget(circuit, **options)
         self.figure = go.FigureWidget()
@@ -53,8 +55,10 @@ class Lab(ipywidgets.VBox):
         self.number = ipywidgets.Dropdown(description="module", layout={"width": "max-content"})
         self.text = ipywidgets.HTML()
         self.panel = ipywidgets.VBox([ipywidgets.HBox([self.choice, self.number]), self.figure, self.text])
+        self.landscape = None if surface is None else go.FigureWidget(surface.plot())
+        shown = [self.diagram, self.panel if partitions else None, self.landscape]
         super().__init__(
-            [self.diagram, self.panel] if partitions else [self.diagram], partitions=dict(partitions or {}), stats=dict(stats or {}), top=top,
+            [child for child in shown if child is not None], partitions=dict(partitions or {}), stats=dict(stats or {}), top=top,
         )
         self._notes = notes
         self.choice.options = list(self.partitions)
@@ -194,13 +198,14 @@ def explore(
     model: Any, *inputs: Any, batches: Any = None, loss: Any = None, labels: Any = None, method: str = "coactivation", text: Any = None,
     seed: int = 0, depth: int = 1, progress: bool = True, **kwargs: Any,
 ) -> Lab:
-    """The whole lab in one view: the live diagram and, with batches, the modules of its feed-forward blocks.
+    """The whole lab in one view: the live diagram and, with batches, the modules of its feed-forward blocks and the loss around it.
 
     Args:
         model: is not changed.
         *inputs, **kwargs: as its ``forward`` takes them.
         batches: what can be walked again, to observe neurons on; without it the diagram alone is shown.
-        loss: for the landscape of the model; not used by this version.
+        loss: as `circuitlab.interpolate` takes it; with it, the loss around the model is shown, over two random directions
+            (Li et al., 2018): 121 runs over the batches.
         labels: of examples or positions, as `observe` takes them.
         method: of `partition`.
         text: gives what to show of a position: a function of (batch, example, position); «marked» text stands out.
@@ -211,11 +216,13 @@ def explore(
     from circuitlab.analysis.activity import top_positions
     from circuitlab.analysis.modularity import partition
     from circuitlab.analysis.neurons import observe
+    from circuitlab.analysis.surface import surface
     from circuitlab.trace.record import trace
 
     circuit = trace(model, *inputs, **kwargs)
+    around = None if batches is None or loss is None else surface(model, batches, loss, (11, 11), seed=seed, progress=progress)
     if batches is None or not circuit.ffn:
-        return Lab(circuit, depth=depth)
+        return Lab(circuit, surface=around, depth=depth)
     stats = observe(model, batches, circuit.ffn.values(), labels, progress=progress)
     parts = {wire: partition(found, method=method, seed=seed) for wire, found in stats.items()}
-    return Lab(circuit, parts, stats, top_positions(model, parts, batches, text=text, progress=progress), depth=depth)
+    return Lab(circuit, parts, stats, top_positions(model, parts, batches, text=text, progress=progress), surface=around, depth=depth)
