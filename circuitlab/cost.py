@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from circuitlab.circuit import Axis, Block, Circuit, Op, Tensor
-from circuitlab.frames import frame
 
 _BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "float32": 4, "int32": 4, "uint32": 4, "uint64": 8,
           "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "complex32": 4}
@@ -98,24 +97,23 @@ def cost(circuit: Circuit) -> Any:
         - ``parameters``: bytes of the parameters and buffers that it reads, each once.
         - ``unknown``: number of ops without a rule, of which no flops are known.
         - ``flops_in_wires``, ``memory_in_wires``: the same as polynomials in wire labels.
-
-    Raises:
-        InputError: pandas is not installed.
     """
+    import pandas as pd
+
     live = _live(circuit)
     rows: list[_Row] = []
     _block(circuit, circuit.root, live, rows)
     sizes: dict[str, set[int]] = {}
     for wire in circuit.wires.values():
         sizes.setdefault(wire.label, set()).add(wire.size)
-    return frame([
+    return pd.DataFrame([
         {
             "kind": row.kind, "name": row.name, "title": row.title, "flops": row.flops.value, "entries": row.entries.value,
             "memory": row.memory.value, "live": row.live, "parameters": row.parameters, "unknown": row.unknown,
             "flops_in_wires": row.flops.text(sizes), "memory_in_wires": row.memory.text(sizes),
         }
         for row in rows
-    ], of="circuit.cost")
+    ])
 
 
 def _block(circuit: Circuit, block: Block, live: Mapping[str, int], rows: list[_Row]) -> _Row:

@@ -14,7 +14,6 @@ from typing import Any
 
 from circuitlab.circuit import Block, Circuit, Op, _late
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,9 @@ class Diff:
 
     def to_frame(self) -> Any:
         """The changes as a pandas DataFrame: kind, what, before, after, how."""
-        return frame([vars(change) for change in self.changes], ["kind", "what", "before", "after", "how"], of="Diff.to_frame")
+        import pandas as pd
+
+        return pd.DataFrame([vars(change) for change in self.changes], columns=["kind", "what", "before", "after", "how"])
 
     def svg(self, **options: Any) -> str:
         """Both drawings, one above the other, with what changed tinted. See `circuitlab.display.diff_svg`."""

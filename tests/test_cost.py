@@ -141,12 +141,3 @@ def test_ops_without_a_rule_are_counted_as_unknown():
 def test_each_row_is_multiplied_with_the_matrix_of_its_group(name, flops):
     model, args, kwargs = ZOO[name]()
     assert cl.trace(model, *args, **kwargs).cost().flops[0] == flops
-
-
-def test_frames_say_that_they_need_pandas(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    circuit = cl.trace(torch.nn.Linear(2, 3), torch.zeros(4, 2))
-    with pytest.raises(cl.CircuitlabError, match=r"circuit\.cost needs pandas: pip install pandas"):
-        circuit.cost()
-    with pytest.raises(cl.CircuitlabError, match=r"Symmetry\.to_frame needs pandas"):
-        circuit.symmetry().to_frame()

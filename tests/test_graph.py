@@ -9,7 +9,6 @@ from scipy import sparse
 from circuitlab.analysis.graph import places
 from circuitlab.errors import InputError
 
-pytest.importorskip("networkit")
 
 
 def noise(n, seed=0, density=1.0):

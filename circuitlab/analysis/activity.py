@@ -18,7 +18,6 @@ from circuitlab.analysis.experts import block_of
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.tap import Tap
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,13 @@ class Timeline(Result):
 
     def to_frame(self) -> Any:
         """Wire, module, position, token and share, as a pandas DataFrame."""
+        import pandas as pd
+
         rows = [
             (wire, module, position, self.tokens[position], float(share))
             for wire, matrix in self.shares.items() for module, line in enumerate(matrix) for position, share in enumerate(line)
         ]
-        return frame(rows, ["wire", "module", "position", "token", "share"], of="Timeline.to_frame")
+        return pd.DataFrame(rows, columns=["wire", "module", "position", "token", "share"])
 
     def plot(self, **options: Any) -> Any:
         """Token x module as a plotly Figure. See `circuitlab.plots.timeline`."""
@@ -62,7 +63,9 @@ class TopPositions(Result):
 
     def to_frame(self) -> Any:
         """Wire, module, example, position, share and text, as a pandas DataFrame."""
-        return frame(self.rows, ["wire", "module", "example", "position", "share", "text"], of="TopPositions.to_frame")
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=["wire", "module", "example", "position", "share", "text"])
 
 
 def timeline(

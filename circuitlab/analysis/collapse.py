@@ -20,7 +20,6 @@ from circuitlab.analysis import batches as walked
 from circuitlab.analysis.results import Result
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 from circuitlab.trace.record import record, trace
 from circuitlab.trace.watch import Recorder
 
@@ -55,9 +54,11 @@ class Collapse(Result):
 
     def to_frame(self) -> Any:
         """Alpha, op, variance and ratio, as a pandas DataFrame."""
+        import pandas as pd
+
         ratio = self.ratio
         rows = [(alpha, op, self.variance[i, j], ratio[i, j]) for i, alpha in enumerate(self.alphas) for j, op in enumerate(self.ops)]
-        return frame(rows, ["alpha", "op", "variance", "ratio"], of="Collapse.to_frame")
+        return pd.DataFrame(rows, columns=["alpha", "op", "variance", "ratio"])
 
     def plot(self, **options: Any) -> Any:
         """Ratio along the path, a line for each map, as a plotly Figure. See `circuitlab.plots.collapse`."""

@@ -7,13 +7,13 @@ the weight within, s the summed strength of the members, W the weight of all edg
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-
-from circuitlab.errors import InputError
 
 Labels = NDArray[np.int64]
 _LOCK = threading.Lock()
@@ -60,10 +60,8 @@ def leiden(weights: Any, seed: int, iterations: int | None = None, resolution: f
     Returns:
         The community of each node (n,), as `numbered`; nodes without an edge are one community together.
     """
-    try:
-        import networkit
-    except ImportError:
-        raise InputError("communities are found by networkit: pip install networkit; or give k= for balanced parts") from None
+    import networkit
+
     edges = upper(weights)
     n = weights.shape[0]
     row, column = edges.row.astype(np.intp), edges.col.astype(np.intp)
@@ -73,18 +71,27 @@ def leiden(weights: Any, seed: int, iterations: int | None = None, resolution: f
     linked[row] = linked[column] = True
     if linked.any():
         graph = networkit.GraphFromCoo((edges.data.astype(np.float64), (row, column)), n=n, weighted=True, directed=False)
-        with _LOCK:
-            threads = networkit.getMaxNumberOfThreads()
-            networkit.setNumberOfThreads(1)
-            try:
-                networkit.setSeed(seed, False)
-                found = networkit.community.ParallelLeiden(graph, iterations, True, resolution)
-                found.run()
-                partition = found.getPartition()  # hands the partition over: a second call would get an empty one
-                labels[linked] = np.asarray(partition.getVector(), dtype=np.int64)[linked]
-            finally:
-                networkit.setNumberOfThreads(threads)
+        with one_thread(seed):
+            found = networkit.community.ParallelLeiden(graph, iterations, True, resolution)
+            found.run()
+            partition = found.getPartition()  # hands the partition over: a second call would get an empty one
+            labels[linked] = np.asarray(partition.getVector(), dtype=np.int64)[linked]
     return numbered(labels)
+
+
+@contextmanager
+def one_thread(seed: int) -> Iterator[None]:
+    """Run networkit, whose threads and generator are global, so that the same seed gives the same numbers."""
+    import networkit
+
+    with _LOCK:
+        threads = networkit.getMaxNumberOfThreads()
+        networkit.setNumberOfThreads(1)
+        try:
+            networkit.setSeed(seed, False)
+            yield
+        finally:
+            networkit.setNumberOfThreads(threads)
 
 
 def upper(weights: Any) -> Any:

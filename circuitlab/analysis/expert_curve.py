@@ -20,7 +20,6 @@ from circuitlab.analysis.feedforward import FeedForward
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.tap import Tap
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 SELECTIONS = ("oracle", "gate", "similarity", "random")
 
@@ -55,8 +54,10 @@ class ExpertCurve(Result):
 
     def to_frame(self) -> Any:
         """Partition, selection, share, loss and increase over the dense model, as a pandas DataFrame."""
+        import pandas as pd
+
         rows = [(*row[:4], row[3] - self.dense) for row in self.rows]
-        return frame(rows, ["partition", "selection", "share", "loss", "increase"], of="ExpertCurve.to_frame")
+        return pd.DataFrame(rows, columns=["partition", "selection", "share", "loss", "increase"])
 
     def plot(self, **options: Any) -> Any:
         """Loss against share as a plotly Figure. See `circuitlab.plots.expert_curve`."""

@@ -15,21 +15,18 @@ random over the pairs of neurons, in which no neuron is special, so that all of 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from circuitlab.analysis.communities import one_thread
 from circuitlab.errors import InputError
 
 Floats = NDArray[np.float64]
 EXACT = 2**25
 """Edges times nodes up to which betweenness is exact."""
-_LOCK = threading.Lock()
 
 
 def places(
@@ -57,12 +54,9 @@ def places(
         and with labels module, participation, within.
 
     Raises:
-        InputError: no such matrix, no positive entry, labels of another length, or networkit or pandas not installed.
+        InputError: no such matrix, no positive entry, or labels of another length.
     """
-    try:
-        import pandas as pd
-    except ImportError:
-        raise InputError("places needs pandas: pip install pandas") from None
+    import pandas as pd
     from scipy.stats import false_discovery_control
 
     if (neighbours is not None and neighbours < 1) or (pivots is not None and pivots < 1) or controls < 0:
@@ -114,10 +108,8 @@ def _clustering(graph: Any) -> Floats:
 
 
 def _betweenness(graph: Any, pivots: int | None, seed: int) -> Floats:
-    try:
-        import networkit
-    except ImportError:
-        raise InputError("betweenness is found by networkit: pip install networkit") from None
+    import networkit
+
     n = graph.shape[0]
     if n < 3:
         return np.zeros(n)
@@ -126,28 +118,13 @@ def _betweenness(graph: Any, pivots: int | None, seed: int) -> Floats:
     net = networkit.GraphFromCoo((lengths, (upper.row.astype(np.intp), upper.col.astype(np.intp))), n=n, weighted=True, directed=False)
     if pivots is None and len(lengths) * n > EXACT:
         pivots = 256
-    with _one_thread(seed):
+    with one_thread(seed):
         if pivots is None or pivots >= n:
             found = networkit.centrality.Betweenness(net, normalized=True)
         else:
             found = networkit.centrality.EstimateBetweenness(net, pivots, normalized=True, parallel=False)
         found.run()
         return np.array(found.scores(), dtype=np.float64)
-
-
-@contextmanager
-def _one_thread(seed: int) -> Iterator[None]:
-    """Run networkit so that the same seed gives the same numbers."""
-    import networkit
-
-    with _LOCK:
-        threads = networkit.getMaxNumberOfThreads()
-        networkit.setNumberOfThreads(1)
-        try:
-            networkit.setSeed(seed, False)
-            yield
-        finally:
-            networkit.setNumberOfThreads(threads)
 
 
 def _cartography(edges: Any, strength: Floats, modules: NDArray[np.int64]) -> dict[str, Any]:

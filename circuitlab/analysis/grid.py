@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from circuitlab.analysis.sweep import Sweep, Sweeper
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 Floats = NDArray[np.float64]
 
@@ -91,10 +90,12 @@ def picked(values: Floats, sets: Sequence[str], names: Sequence[str], name: str,
     return values[sets.index(on)][..., names.index(name)]
 
 
-def grid_frame(values: Floats, sets: Sequence[str], names: Sequence[str], axes: Sequence[Floats], *, of: str) -> Any:
+def grid_frame(values: Floats, sets: Sequence[str], names: Sequence[str], axes: Sequence[Floats]) -> Any:
     """A row for each set of data and point of a grid, as a pandas DataFrame."""
+    import pandas as pd
+
     counts = [len(axis) for axis in reversed(axes)]
     columns = [name for name, _ in zip("xy", axes, strict=False)]
     rows = [(kind, *(axis[at] for axis, at in zip(axes, reversed(place), strict=True)), *values[(which, *place)])
             for which, kind in enumerate(sets) for place in np.ndindex(*counts)]
-    return frame(rows, ["set", *columns, *names], of=of)
+    return pd.DataFrame(rows, columns=["set", *columns, *names])

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from circuitlab.analysis.derivatives import Derivatives, NoSecondDerivativeError
 from circuitlab.analysis.results import Result
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 Floats = NDArray[np.float64]
 WHICH = {"LA": "largest", "SA": "smallest", "LM": "largest in size", "BE": "largest and smallest"}
@@ -75,7 +74,9 @@ class Spectrum(Result):
 
     def to_frame(self) -> Any:
         """Eigenvalues and their residuals, as a pandas DataFrame."""
-        return frame({"eigenvalue": self.eigenvalues, "residual": self.residuals}, of="Spectrum.to_frame")
+        import pandas as pd
+
+        return pd.DataFrame({"eigenvalue": self.eigenvalues, "residual": self.residuals})
 
     def plot(self, **options: Any) -> Any:
         """Density and eigenvalues as a plotly Figure. See `circuitlab.plots.spectrum`."""

@@ -23,7 +23,6 @@ from circuitlab.analysis import batches as walked
 from circuitlab.analysis.landscape import BARRIERS, Path, interpolate
 from circuitlab.analysis.results import Result
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 from circuitlab.trace.guard import random_state
 
 Floats = NDArray[np.float64]
@@ -64,11 +63,13 @@ class Instability(Result):
 
     def to_frame(self) -> Any:
         """A row for each pair of children: fork, pair, distance, and the barriers of the loss, as a pandas DataFrame."""
+        import pandas as pd
+
         kinds = [kind for kind in BARRIERS if kind != "mid" or np.any(np.abs(self.paths[0][0].alphas - 0.5) < 1e-9)]
         barriers = [self.barrier(kind) for kind in kinds]
         rows = [(fork, pair, self.distances[at, pair], *(values[at, pair] for values in barriers))
                 for at, fork in enumerate(self.forks) for pair in range(len(self.paths[at]))]
-        return frame(rows, ["fork", "pair", "distance", *kinds], of="Instability.to_frame")
+        return pd.DataFrame(rows, columns=["fork", "pair", "distance", *kinds])
 
     def plot(self, **options: Any) -> Any:
         """Barriers against forks as a plotly Figure. See `circuitlab.plots.instability`."""

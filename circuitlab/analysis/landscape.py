@@ -24,7 +24,6 @@ from circuitlab.analysis.results import Result
 from circuitlab.analysis.states import Combination, merge
 from circuitlab.analysis.sweep import Sweep, Sweeper
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 from circuitlab.trace.guard import random_state
 
 Floats = NDArray[np.float64]
@@ -181,10 +180,12 @@ class Path(Result):
 
     def to_frame(self) -> Any:
         """alpha, the loss and metrics, and those on the test batches as test_loss ..., as a pandas DataFrame."""
+        import pandas as pd
+
         columns = {"alpha": self.alphas}
         for number, on in enumerate(self.sets):
             columns |= {name if not number else f"{on}_{name}": self.of(name, on) for name in self.names}
-        return frame(columns, of="Path.to_frame")
+        return pd.DataFrame(columns)
 
     def plot(self, **options: Any) -> Any:
         """The path as a plotly Figure. See `circuitlab.plots.path`."""
@@ -362,9 +363,11 @@ class LayerPaths(Result):
 
     def to_frame(self) -> Any:
         """layer, rise and the barriers of each, as a pandas DataFrame."""
+        import pandas as pd
+
         kinds = [kind for kind in BARRIERS if kind != "mid" or np.any(np.abs(self.paths[0].alphas - 0.5) < 1e-9)]
         columns: dict[str, Any] = {"layer": list(self.layers), "rise": self.rise()}
-        return frame(columns | {kind: self.barrier(kind) for kind in kinds}, of="LayerPaths.to_frame")
+        return pd.DataFrame(columns | {kind: self.barrier(kind) for kind in kinds})
 
     def plot(self, **options: Any) -> Any:
         """Bars for the layers as a plotly Figure. See `circuitlab.plots.layer_paths`."""

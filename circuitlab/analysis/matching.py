@@ -21,7 +21,6 @@ from circuitlab.analysis.results import Result
 from circuitlab.analysis.symmetry import Symmetry
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 METHODS = ("weights", "activations", "sinkhorn", "straight-through")
 
@@ -64,13 +63,15 @@ class Match(Result):
 
     def to_frame(self) -> Any:
         """One row for each wire, as a pandas DataFrame: wire, size, within, moved (a share), similarity before and after, why frozen."""
+        import pandas as pd
+
         symmetry = Symmetry(self.circuit)
         rows: list[dict[str, Any]] = []
         for name, wire in symmetry.circuit.wires.items():
             before, after = self.similarity.get(name, (math.nan, math.nan))
             rows.append({"wire": name, "size": wire.size, "within": ", ".join(symmetry.within.get(name, ())), "moved": self.moved(name),
                          "before": before, "after": after, "frozen": self.frozen.get(name, "")})
-        return frame(rows, ["wire", "size", "within", "moved", "before", "after", "frozen"], of="Match.to_frame")
+        return pd.DataFrame(rows, columns=["wire", "size", "within", "moved", "before", "after", "frozen"])
 
     def moved(self, name: str) -> float:
         """Share of a wire's entries that are elsewhere now; NaN for a frozen one."""

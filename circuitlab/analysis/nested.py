@@ -21,7 +21,6 @@ from circuitlab.circuit import Circuit, Wire
 from circuitlab.cost import cost
 from circuitlab.cut import Cut, cut, parameters
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 KEEPS = ("first", "norm", "random")
 
@@ -65,12 +64,14 @@ class WidthCurve(Result):
 
     def to_frame(self) -> Any:
         """One row for each step, way and draw: keep, width, share, draw, loss, increase, flops, parameters."""
+        import pandas as pd
+
         rows = [
             {"keep": way, "width": self.widths[step][0], "share": self.widths[step][0] / self.sizes[0], "draw": draw, "loss": value,
              "increase": value - self.whole, "flops": self.flops[step], "parameters": self.parameters[step]}
             for way, step, draw, value in self.rows
         ]
-        return frame(rows, ["keep", "width", "share", "draw", "loss", "increase", "flops", "parameters"], of="WidthCurve.to_frame")
+        return pd.DataFrame(rows, columns=["keep", "width", "share", "draw", "loss", "increase", "flops", "parameters"])
 
     def plot(self, against: str = "width") -> Any:
         """Loss against "width", "flops" or "parameters" as a plotly Figure. See `circuitlab.plots.width_curve`."""

@@ -22,7 +22,6 @@ from circuitlab.analysis.rows import Rows, run
 from circuitlab.analysis.sample import Reservoir, Sample
 from circuitlab.circuit import Circuit, Wire
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 ROWS = 4096
 """Positions that are counted at once."""
@@ -93,9 +92,11 @@ class NeuronStats(Result):
 
     def to_frame(self) -> Any:
         """One row for each neuron, as a pandas DataFrame: neuron, firing, frequency, mean, mean_abs, second, magnitude."""
+        import pandas as pd
+
         columns = {"firing": self.firing, "frequency": self.frequency, "mean": self.mean, "mean_abs": self.mean_abs,
                    "second": self.second, "magnitude": self.magnitude}
-        made = frame({name: column.numpy() for name, column in columns.items()}, of="NeuronStats.to_frame")
+        made = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
         if self.label_names and self.label_firing is not None and self.label_n is not None:
             share = self.label_firing.double() / self.label_n.clamp(min=1)[:, None]
             for name, row in zip(self.label_names, share, strict=True):

@@ -34,7 +34,7 @@ from scipy import fft, sparse
 
 from circuitlab.analysis import affinity
 from circuitlab.analysis.balanced import blocks
-from circuitlab.analysis.communities import _LOCK, upper
+from circuitlab.analysis.communities import one_thread, upper
 from circuitlab.analysis.features import Features
 from circuitlab.analysis.spectral import Bipartite
 from circuitlab.analysis.surrogate import Surrogate, mirrored, simulated
@@ -274,17 +274,11 @@ def rewired(edges: Any, rng: np.random.Generator) -> Any:
     n = edges.shape[0]
     row, column = edges.row.astype(np.intp), edges.col.astype(np.intp)
     plain = networkit.GraphFromCoo((np.ones(len(row)), (row, column)), n=n, weighted=False, directed=False)
-    with _LOCK:
-        threads = networkit.getMaxNumberOfThreads()
-        networkit.setNumberOfThreads(1)
-        try:
-            networkit.setSeed(int(rng.integers(2**31)), False)
-            switching = networkit.randomization.EdgeSwitching(plain, 10.0, True)
-            switching.run()
-            switched = switching.getGraph()
-            pairs = np.array(list(switched.iterEdges()), dtype=np.int64).reshape(-1, 2)
-        finally:
-            networkit.setNumberOfThreads(threads)
+    with one_thread(int(rng.integers(2**31))):
+        switching = networkit.randomization.EdgeSwitching(plain, 10.0, True)
+        switching.run()
+        switched = switching.getGraph()
+        pairs = np.array(list(switched.iterEdges()), dtype=np.int64).reshape(-1, 2)
     one_way = sparse.coo_array((rng.permutation(edges.data), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
     return sparse.csr_array(one_way + one_way.T)
 

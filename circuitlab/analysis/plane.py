@@ -75,7 +75,7 @@ class Plane(Result):
 
     def to_frame(self) -> Any:
         """A row for each set of data and point of the grid, as a pandas DataFrame."""
-        return grids.grid_frame(self.values, self.sets, self.names, (self.x, self.y), of="Plane.to_frame")
+        return grids.grid_frame(self.values, self.sets, self.names, (self.x, self.y))
 
     def plot(self, **options: Any) -> Any:
         """The loss as a plotly Figure. See `circuitlab.plots.plane`."""

@@ -29,7 +29,6 @@ from circuitlab.analysis.landscape import _blocks as block_paths
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.states import State, alike, own_state, state_of, within
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 
 Floats = NDArray[np.float64]
 REST = "rest"
@@ -112,11 +111,13 @@ class Ridge(Result):
 
     def to_frame(self) -> Any:
         """A row for each point: loss, rise, and what it is made of, as a pandas DataFrame."""
+        import pandas as pd
+
         columns = {"alpha": self.alphas, "loss": self.loss, "slope": self.slopes.sum(1), "curvature": self.total, "rise": self.rise,
                    **{f"rise by {block}": self.alone[:, at] for at, block in enumerate(self.blocks)},
                    "rise between blocks": self.between, "rise by kinks": self.kinks, "residual": self.residual, "error": self.error,
                    "rise by the ends": self.by_ends}
-        return frame(columns, of="Ridge.to_frame")
+        return pd.DataFrame(columns)
 
     def plot(self, **options: Any) -> Any:
         """Loss, curvature and what the rise is made of as a plotly Figure. See `circuitlab.plots.ridge`."""

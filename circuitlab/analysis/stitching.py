@@ -17,7 +17,6 @@ from circuitlab.analysis.places import Place, find, layers
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.stitch import LeastSquares, Side, Stitch, mean_loss, misfit, rows, sides, unexplained
 from circuitlab.errors import InputError
-from circuitlab.frames import frame
 from circuitlab.trace.compile import Compiled
 from circuitlab.trace.guard import random_state
 
@@ -45,12 +44,14 @@ class StitchingMatrix(Result):
 
     def to_frame(self) -> Any:
         """One row for each pair: front, back, error, loss, increase over the worse of the two networks."""
+        import pandas as pd
+
         worse = math.nan if self.loss_a is None or self.loss_b is None else max(self.loss_a, self.loss_b)
         found = [
             {"front": front, "back": back, "error": self.error[i, j], "loss": self.loss[i, j], "increase": self.loss[i, j] - worse}
             for i, front in enumerate(self.rows) for j, back in enumerate(self.columns)
         ]
-        return frame(found, ["front", "back", "error", "loss", "increase"], of="StitchingMatrix.to_frame")
+        return pd.DataFrame(found, columns=["front", "back", "error", "loss", "increase"])
 
     def plot(self, show: str | None = None) -> Any:
         """The matrix of "loss" or "error" as a plotly Figure; by default the loss, if it was measured."""

@@ -71,7 +71,7 @@ class Surface(Result):
 
     def to_frame(self) -> Any:
         """A row for each set of data and point, as a pandas DataFrame."""
-        return grids.grid_frame(self.values, self.sets, self.names, self.axes, of="Surface.to_frame")
+        return grids.grid_frame(self.values, self.sets, self.names, self.axes)
 
     def plot(self, **options: Any) -> Any:
         """The loss as a plotly Figure. See `circuitlab.plots.surface`."""

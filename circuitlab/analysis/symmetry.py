@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from circuitlab.circuit import Circuit, Wire
-from circuitlab.frames import frame
 from circuitlab.trace.permutable import Part, nesting
 from circuitlab.trace.permute import check, permute
 
@@ -122,12 +121,14 @@ class Symmetry:
 
     def to_frame(self) -> Any:
         """All wires as a pandas DataFrame: wire, size, permutable, within, places, why."""
+        import pandas as pd
+
         rows = [
             {"wire": name, "size": wire.size, "permutable": wire.permutable, "within": ", ".join(self.within.get(name, ())),
              "places": ", ".join(dict.fromkeys(place[0] for place in wire.places)), "why": wire.why}
             for name, wire in self.circuit.wires.items()
         ]
-        return frame(rows, ["wire", "size", "permutable", "within", "places", "why"], of="Symmetry.to_frame")
+        return pd.DataFrame(rows, columns=["wire", "size", "permutable", "within", "places", "why"])
 
     def __repr__(self) -> str:
         order = f"10^{self.log_order / math.log(10):.0f}" if self.log_order > math.log(1e6) else f"{math.exp(self.log_order):.0f}"

@@ -16,7 +16,6 @@ import torch
 
 from circuitlab.circuit import Circuit
 from circuitlab.errors import InputError, VerificationError
-from circuitlab.frames import frame
 from circuitlab.trace import transforms
 from circuitlab.trace.claims import (
     Claim,
@@ -52,12 +51,14 @@ class Report:
 
     def to_frame(self) -> Any:
         """All claims as a pandas DataFrame: result, kind, subject, wire, error, why, source."""
+        import pandas as pd
+
         rows = [
             {"result": result, **vars(claim)}
             for result, claims in (("held", self.held), ("failed", self.failed), ("untestable", self.untestable))
             for claim in claims
         ]
-        return frame(rows, ["result", "kind", "subject", "wire", "error", "why", "source"], of="Report.to_frame")
+        return pd.DataFrame(rows, columns=["result", "kind", "subject", "wire", "error", "why", "source"])
 
     def __repr__(self) -> str:
         lines = [f"Report: {len(self.held)} held, {len(self.failed)} failed, {len(self.untestable)} not testable"]
