@@ -248,11 +248,20 @@ class _Page:
         for row in rows[:-1]:
             gaps[row.last] = max(gaps[row.last], 36.0)  # room for the labels of what goes on
         for row in rows:
-            x = _MARGIN + (_LEAD if row.first else 8.0)
+            x = _MARGIN + (_LEAD if row.first else 8.0) + self._begun(row.first)
             for column in range(row.first, row.last + 1):
                 self.left[column], self.right[column] = x, x + wide[column]
                 x += wide[column] + gaps[column]
         return rows
+
+    def _begun(self, column: int) -> float:
+        """Room before the first column of a row for the edges and parentheses of plates that begin there."""
+        nodes = self.by_column[column]
+        names = dict.fromkeys(name for node in nodes for name in node.plates)
+        return max((self._room(name, [n for n in nodes if name in n.plates], column, 22.0) + self._own(name, column) for name in names), default=0.0)
+
+    def _own(self, name: str, column: int) -> float:
+        return 18.0 if self.drawing.plates[name][1] > 1 and self._reach(name)[0] == column else 0.0
 
     def _sort(self, rows: int) -> None:
         """What each row holds."""
@@ -353,8 +362,10 @@ class _Page:
     # one row ------------------------------------------------------------------------------------------
 
     def _draw_row(self, row: _Row) -> None:
+        titles, counts = len(self.pen.plates), len(self.pen.marks)
         for name in self.drawing.plates:
             self._plate(name, row)
+        self.pen.plates[titles:] = beside(self.pen.plates[titles:], [m for m in self.pen.marks[counts:] if m.role == "count"])
         for band in self.crossing[row.number]:
             self._band(band, row)
         for column in range(row.first, row.last + 1):
@@ -443,6 +454,22 @@ class _Page:
         low, high = min([top, *(s[0] for s in spans)]) - 4, max([bottom, *(s[1] for s in spans)]) + 8
         parentheses(self.pen, left - 8 if row.first <= first else None, right + 10 if last <= row.last else None,
                     low, high, count)
+
+
+def beside(plates: list[Mark], counts: list[Mark]) -> list[Mark]:
+    """Plates and their titles, those titles moved right that would stand on how often something is repeated, or left out."""
+    made: list[Mark] = []
+    for plate, mark in zip([*plates[:1], *plates], plates, strict=False):  # a title follows its plate
+        if mark.role == "title":
+            ends = [m.x + text_width(m.text, m.size, "label") / 2 + 6 for m in counts if abs(m.y - mark.y) < 13
+                    and m.x - text_width(m.text, m.size, "label") / 2 < mark.x + text_width(mark.text, mark.size, "title") and m.x > mark.x - 12]
+            if ends:
+                room = plate.x + plate.w - max(ends) - 4
+                if room < 24:
+                    continue
+                mark = replace(mark, x=max(ends), text=_shortened(mark.text, room))
+        made.append(mark)
+    return made
 
 
 def _shortened(title: str, room: float) -> str:
