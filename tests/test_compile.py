@@ -179,3 +179,20 @@ def test_writes_and_casts_keep_their_meaning():
     assert torch.equal(got[1]["all"][0], wanted[1]["all"][0])
     assert got[1]["all"][1] is None
     assert torch.equal(got[1]["all"][2], x)
+
+
+def test_a_module_that_is_not_finite_in_float64_is_compared_as_it_is():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            scores = self.map(x)
+            seen = torch.ones(4, dtype=torch.float32)  # times the least float64 number, 0 is no number
+            return scores + (1 - seen) * torch.finfo(scores.dtype).min
+
+    model, x = Masked(), torch.randn(3, 4)
+    report = cl.trace(model, x).verify(model, x)
+    assert report.ok, report
+    assert "compiled" in {claim.kind for claim in report.held}
