@@ -20,14 +20,6 @@ from tests.test_hidden_state import Stateful, plain
 from tests.test_sweep import net
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def setting():
     a, b = net(0), net(1)

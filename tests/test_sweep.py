@@ -34,15 +34,6 @@ def net(seed, width=16):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are rounded the same way in workers, which have one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def setting():
     a, b = net(0), net(1)

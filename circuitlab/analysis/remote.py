@@ -57,9 +57,11 @@ _DESKS: OrderedDict[str, _Desk] = OrderedDict()
 _LOCK = threading.Lock()
 
 
-def _unit(key: str, payload: bytes | None, point: Weights, start: int, stop: int) -> tuple[str, NDArray[np.float64] | None]:
+def _unit(key: str, payload: bytes | None, threads: int, point: Weights, start: int, stop: int) -> tuple[str, NDArray[np.float64] | None]:
     """Runs on a worker: who it is, and what it found; None if it has not got the work."""
     who = f"{socket.gethostname()}:{os.getpid()}"
+    if torch.get_num_threads() != threads:  # sums that other numbers of threads share out are rounded otherwise
+        torch.set_num_threads(threads)
     with _LOCK:
         desk = _DESKS.get(key)
         if desk is None:
@@ -94,6 +96,8 @@ def _unpacked(payload: bytes) -> Work:
 def run(executor: Executor, work: Work, points: Sequence[Weights], units: Sequence[Unit]) -> Iterator[tuple[Unit, NDArray[np.float64]]]:
     """Evaluate units on an executor, and yield each when it is done: batch means, (batches, quantities).
 
+    Workers use as many threads as torch has here, so that they find the same bits.
+
     Whatever ends it, units that have not begun are cancelled, and nothing of it stays in this process.
     """
     key = uuid.uuid4().hex
@@ -108,7 +112,7 @@ def run(executor: Executor, work: Work, points: Sequence[Weights], units: Sequen
         while waiting or running:
             while waiting and len(running) < 4 + 2 * len(workers):
                 at, start, stop = unit = waiting[0]
-                running[executor.submit(_unit, key, payload if asked else None, tuple(points[at]), start, stop)] = unit
+                running[executor.submit(_unit, key, payload if asked else None, torch.get_num_threads(), tuple(points[at]), start, stop)] = unit
                 waiting.popleft()
                 asked = max(asked - 1, 0)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
