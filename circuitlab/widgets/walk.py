@@ -63,7 +63,7 @@ class Walk(ipywidgets.VBox):
     def _draw(self) -> None:
         """The path, or both."""
         told = {"": self.path} if self.part is None else {"all": self.path, ", ".join(self.layers): self.part}
-        drawn = plots.path(told if self.part is not None else self.path)
+        drawn = plots.path(told if self.part is not None else self.path).update_layout(showlegend=True)
         with self.line.batch_update():
             self.line.data = ()
             self.line.layout = {}

@@ -29,6 +29,7 @@ def click(page, x, y, wanted):
             wanted.first.wait_for(timeout=15_000)
             return
         except NotSeen:
+            shot(page, "not_seen")
             if not again:
                 raise
 
