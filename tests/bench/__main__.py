@@ -89,16 +89,17 @@ def linear_in_layers():
 def largest():
     """In a process of its own, so that the peak is its own."""
     code = """
-import resource, torch, circuitlab as cl
+import torch, circuitlab as cl
+from tests.bench.memory import peak
 from circuitlab.gallery.llama import Llama
 from tests.bench.browser import frames
 from tests.ui.conftest import FLAGS
 with torch.device("meta"):
     model = Llama(128256, 16384, 128, 8, 126).eval()
 tokens = torch.zeros(1, 128, dtype=torch.long, device="meta")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 cl.trace(model, tokens).svg()
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak())
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     row("peak memory, 126 layers of width 16,384: whole process (trace and SVG alone)",

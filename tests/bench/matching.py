@@ -8,25 +8,13 @@ from torch.nn import functional as F
 
 import circuitlab as cl
 from circuitlab.gallery import digits
-
-
-class Block(nn.Module):
-    def __init__(self, width, wide, stride):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(width, wide, 3, stride, 1, bias=False), nn.Conv2d(wide, wide, 3, 1, 1, bias=False)
-        self.norm_a, self.norm_b = nn.BatchNorm2d(wide), nn.BatchNorm2d(wide)
-        self.short = nn.Identity()
-        if stride > 1:
-            self.short = nn.Sequential(nn.Conv2d(width, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
-
-    def forward(self, x):
-        return F.relu(self.norm_b(self.b(F.relu(self.norm_a(self.a(x))))) + self.short(x))
+from tests.test_symmetry import Residual
 
 
 def resnet20(width=64):
     sizes = [(width, width, 1)] * 3 + [(width, 2 * width, 2)] + [(2 * width, 2 * width, 1)] * 2
     sizes += [(2 * width, 4 * width, 2)] + [(4 * width, 4 * width, 1)] * 2
-    return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), *(Block(*size) for size in sizes),
+    return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), *(Residual(*size) for size in sizes),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
 
 

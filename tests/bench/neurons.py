@@ -11,11 +11,12 @@ import circuitlab as cl
 from circuitlab.analysis.feedforward import blocks
 
 _MEMORY = """
-import resource, torch, circuitlab as cl
+import torch, circuitlab as cl
+from tests.bench.memory import peak
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(256, 16384), torch.nn.ReLU(), torch.nn.Linear(16384, 256))
 cl.observe(model, [torch.randn(2048, 256)], progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak())
 """
 
 

@@ -14,13 +14,14 @@ from torch import nn
 import circuitlab as cl
 
 _MEMORY = """
-import resource, sys, torch, circuitlab as cl
+import sys, torch, circuitlab as cl
+from tests.bench.memory import peak
 torch.manual_seed(0)
 a, b = (torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 1024)) for _ in range(2))
 data = [(torch.randn(256, 1024), torch.randint(0, 1024, (256,)))]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 cl.interpolate(a, b, data, "cross_entropy", points=int(sys.argv[1]), progress=False)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak())
 """
 
 
