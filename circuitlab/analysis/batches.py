@@ -134,6 +134,27 @@ def loss_of(loss: Any) -> Loss:
     return _LOSSES[loss]
 
 
+def mean_loss(
+    model: torch.nn.Module, batches: Any, loss: Any, *, what: str, progress: bool, like: torch.nn.Module | None = None
+) -> float:
+    """The loss over all examples, of a model that is run as it is.
+
+    Args:
+        model: or code compiled from one.
+        batches: what can be walked again.
+        loss: as `loss_of` takes it.
+        what: for the progress bar. progress: show it.
+        like: the model whose ``forward`` tells what of a batch it takes; None for the model itself.
+    """
+    measure, total, weight = loss_of(loss), 0.0, 0
+    for _, batch in walk(batches, device_of(model), what=what, progress=progress):
+        args, kwargs = inputs_of(model if like is None else like, batch)
+        output = model(*args, **kwargs)
+        n = weight_of(loss, batch, output)
+        total, weight = total + float(measure(output, batch)) * n, weight + n
+    return total / max(weight, 1)
+
+
 def weight_of(loss: Any, batch: Any, output: Any = None, *, shifts: bool | None = None) -> int:
     """How many terms the batch's mean is over: what it weighs in the mean over all batches.
 

@@ -78,18 +78,6 @@ def evaluate(
     return result(sweeper.run(rows, tell if seen is not None else None, progress=progress, what=what))
 
 
-def picked(values: Floats, sets: Sequence[str], names: Sequence[str], name: str, on: str | None) -> Floats:
-    """A quantity on a set of data (the first, if none is named) of values (sets, ..., quantities).
-
-    Raises:
-        InputError: that was not measured.
-    """
-    on = sets[0] if on is None else on
-    if name not in names or on not in sets:
-        raise InputError(f"{name!r} on {on!r} was not measured; measured are {', '.join(names)} on {', '.join(sets)}")
-    return values[sets.index(on)][..., names.index(name)]
-
-
 def grid_frame(values: Floats, sets: Sequence[str], names: Sequence[str], axes: Sequence[Floats]) -> Any:
     """A row for each set of data and point of a grid, as a pandas DataFrame."""
     import pandas as pd

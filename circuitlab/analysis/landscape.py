@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from circuitlab.analysis import batches as walked
 from circuitlab.analysis.correction import correction
+from circuitlab.analysis.measures import picked
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.states import Combination, merge
 from circuitlab.analysis.sweep import Sweep, Sweeper
@@ -70,11 +71,7 @@ class Path(Result):
         Raises:
             InputError: that was not measured.
         """
-        on = self.sets[0] if on is None else on
-        if name not in self.names or on not in self.sets:
-            raise InputError(f"{name!r} on {on!r} was not measured; measured are {self.names} on {self.sets}"
-                             + ("; give test= for a second set" if on == "test" else ""))
-        return self.values[self.sets.index(on), :, self.names.index(name)]
+        return picked(self.values, self.sets, self.names, name, on)
 
     @property
     def loss(self) -> Floats:

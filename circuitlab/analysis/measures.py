@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from circuitlab.analysis import batches as walked
 from circuitlab.errors import InputError
@@ -120,3 +122,16 @@ def _targets(batch: Any, shifts: bool) -> int:
     if target.is_floating_point():
         return walked.examples(batch)
     return int(((target[:, 1:] if shifts else target) != -100).sum())
+
+
+def picked(values: NDArray[np.float64], sets: Sequence[str], names: Sequence[str], name: str, on: str | None) -> NDArray[np.float64]:
+    """A quantity on a set of data (the first, if none is named) of values (sets, ..., quantities).
+
+    Raises:
+        InputError: that was not measured.
+    """
+    on = sets[0] if on is None else on
+    if name not in names or on not in sets:
+        raise InputError(f"{name!r} on {on!r} was not measured; measured are {', '.join(names)} on {', '.join(sets)}"
+                         + ("; give test= for a second set" if on == "test" else ""))
+    return values[sets.index(on)][..., names.index(name)]

@@ -122,7 +122,7 @@ def width_curve(
     if not widths:
         raise InputError("widths is empty: give numbers of entries, or shares of them")
     names = [wire] if isinstance(wire, (str, Wire)) else list(wire) if isinstance(wire, Iterable) else [wire]
-    measure = walked.loss_of(loss)
+    walked.loss_of(loss)
     whole = cut(circuit, dict.fromkeys(names, 0.5))  # checks the wires
     cut_wires = [circuit.wires[name] for name in whole.kept]
     steps = sorted({tuple(_entries(found, width) for found in cut_wires) for width in widths})
@@ -141,10 +141,10 @@ def width_curve(
                 plan.append((way, step, draw, cut(circuit, asked, keep=chosen)))
     rows: list[tuple[str, int, int, float]] = []
     with walked.evaluated(model) as copied:
-        dense = _mean(copied, batches, loss, measure, "loss of the whole", progress)
+        dense = walked.mean_loss(copied, batches, loss, what="loss of the whole", progress=progress)
         for number, (way, step, draw, made) in enumerate(plan):
             small = made.apply(copied).eval()
-            rows.append((way, step, draw, _mean(small, batches, loss, measure, f"loss against width, {number + 1} of {len(plan)}", progress)))
+            rows.append((way, step, draw, walked.mean_loss(small, batches, loss, what=f"loss against width, {number + 1} of {len(plan)}", progress=progress)))
     costs = {step: made.circuit for _, step, _, made in reversed(plan)}
     return WidthCurve(
         tuple(found.name for found in cut_wires), tuple(found.size for found in cut_wires), dense, tuple(steps),
@@ -159,16 +159,6 @@ def _entries(wire: Wire, width: float) -> int:
     if width != int(width) or not 1 <= width <= wire.size:
         raise InputError(f"widths: {width!r} is not a number from 1 to {wire.size}, the size of the wire {wire.name!r}, nor a share up to 1")
     return int(width)
-
-
-def _mean(model: torch.nn.Module, batches: Any, loss: Any, measure: walked.Loss, what: str, progress: bool) -> float:
-    total, weight = 0.0, 0
-    for _, batch in walked.walk(batches, walked.device_of(model), what=what, progress=progress):
-        args, kwargs = walked.inputs_of(model, batch)
-        output = model(*args, **kwargs)
-        n = walked.weight_of(loss, batch, output)
-        total, weight = total + float(measure(output, batch)) * n, weight + n
-    return total / max(weight, 1)
 
 
 def _flops(circuit: Circuit) -> int:

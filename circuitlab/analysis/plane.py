@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from circuitlab.analysis import grid as grids
+from circuitlab.analysis.measures import picked
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.states import Combination, State, alike, state_of
 from circuitlab.analysis.sweep import Sweep, Sweeper
@@ -62,7 +63,7 @@ class Plane(Result):
         Raises:
             InputError: that was not measured.
         """
-        return grids.picked(self.values, self.sets, self.names, name, on)
+        return picked(self.values, self.sets, self.names, name, on)
 
     @property
     def loss(self) -> Floats:

@@ -254,15 +254,7 @@ def misfit(a: torch.Tensor, b: torch.Tensor, place_a: Place, place_b: Place) -> 
 
 def mean_loss(model: nn.Module, loss: Any, batches: Any, *, like: nn.Module, progress: bool, what: str) -> float | None:
     """The loss over all examples of a network that takes what another does; None if no loss is asked for."""
-    if loss is None:
-        return None
-    measure, total, weight = walked.loss_of(loss), 0.0, 0
-    for _, batch in walked.walk(batches, walked.device_of(model), what=what, progress=progress):
-        args, kwargs = walked.inputs_of(like, batch)
-        output = model(*args, **kwargs)
-        n = walked.weight_of(loss, batch, output)
-        total, weight = total + float(measure(output, batch)) * n, weight + n
-    return total / max(weight, 1)
+    return None if loss is None else walked.mean_loss(model, batches, loss, like=like, progress=progress, what=what)
 
 
 def sides(model_a: nn.Module, model_b: nn.Module, batches: Any, ridge: float) -> tuple[Side, Side]:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from circuitlab.analysis import grid as grids
+from circuitlab.analysis.measures import picked
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.states import Combination, State, state_of
 from circuitlab.analysis.sweep import Sweep, Sweeper
@@ -57,7 +58,7 @@ class Surface(Result):
         Raises:
             InputError: that was not measured.
         """
-        return grids.picked(self.values, self.sets, self.names, name, on)
+        return picked(self.values, self.sets, self.names, name, on)
 
     @property
     def loss(self) -> Floats:

@@ -26,7 +26,7 @@ from circuitlab.analysis import batches as walked
 from circuitlab.analysis import remote
 from circuitlab.analysis.bench import Bench, Prepare, Weights, Work, choose
 from circuitlab.analysis.checkpoint import Checkpoints
-from circuitlab.analysis.measures import Measures
+from circuitlab.analysis.measures import Measures, picked
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.shards import Shard, shards
 from circuitlab.analysis.states import Combination, scratch
@@ -67,10 +67,7 @@ class Sweep(Result):
         Raises:
             InputError: that was not measured.
         """
-        where = self.sets[0] if where is None else where
-        if name not in self.names or where not in self.sets:
-            raise InputError(f"{name!r} on {where!r} was not measured; measured are {self.names} on {self.sets}")
-        return self.values[self.sets.index(where), :, self.names.index(name)]
+        return picked(self.values, self.sets, self.names, name, where)
 
     @property
     def complete(self) -> bool:
