@@ -197,3 +197,29 @@ def test_what_is_cached_outside_of_the_module_is_not_of_the_run(values):
     if not values:
         assert not again.opaque and any(tensor.kind == "constant" for tensor in again.tensors)
         assert again.verify(model, x).ok
+
+
+def test_functions_of_torch_that_another_tool_has_wrapped_are_seen(monkeypatch):
+    """Tracers and profilers put their own functions in the place of torch's, some for the rest of the process."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    plain = cl.trace(model, x)
+
+    def wrapped(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    places = [(torch, "conv2d"), (torch, "flatten"), (torch.Tensor, "__deepcopy__"), (torch.Tensor, "__getitem__")]
+    places += [(torch.nn.functional, name) for name in ("conv2d", "linear", "relu", "batch_norm")]
+    for owner, name in places:
+        monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
+    seen = cl.trace(model, x)
+    assert plain.symmetry().wires
+    assert seen.tensors == plain.tensors
+    assert [(op.name, op.kind, op.axes) for op in seen.ops] == [(op.name, op.kind, op.axes) for op in plain.ops]
+    assert seen.symmetry().wires == plain.symmetry().wires
+    assert seen.verify(model, x).ok
+    assert seen.to_torch(model).code == plain.to_torch(model).code

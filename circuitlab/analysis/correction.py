@@ -235,7 +235,7 @@ class _Watch(TorchFunctionMode):
         layer = next((layer for layer in met if layer.fn == getattr(func, "__name__", "")), None)
         if layer is not None:
             return self._seen(layer, func(*args, **kwargs))
-        entered = plan_of(func)[2]
+        entered = plan_of(func)[3]
         if entered is None:
             return func(*args, **kwargs)
         with self:  # a function that computes the product within

@@ -204,13 +204,20 @@ def _path(func: Any) -> tuple[str, str]:
         return "property", getattr(func.__self__, "__name__", "")
     if isinstance(func, (rules.torch_op_packet, rules.torch_op)):
         return "function", f"torch.ops.{func}"
-    if getattr(torch.Tensor, name, None) == func:
+    if _same(getattr(torch.Tensor, name, None), func):
         return "method", name
     for space, module in _SPACES.items():
         short = name.removeprefix(space.rpartition(".")[2] + "_")
-        if getattr(module, short, None) is func:
+        if _same(getattr(module, short, None), func):
             return "function", f"{space}.{short}"
     raise _CannotSayError
+
+
+def _same(found: Any, func: Any) -> bool:
+    """Whether a function is torch's ``func``, or what another tool has put around that: it keeps the name and the text."""
+    if found is None or found == func:
+        return found is not None
+    return isinstance(found, types.FunctionType) and (found.__name__, found.__doc__) == (func.__name__, func.__doc__)
 
 
 @functools.cache

@@ -55,7 +55,7 @@ class _Looked(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.__getitem__:
+        if getattr(func, "__name__", "") == "__getitem__":
             table, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
             numbers = [isinstance(item, torch.Tensor) and item.dtype != torch.bool for item in index]
             if any(numbers) and all(number or isinstance(item, int) for number, item in zip(numbers, index, strict=True)):

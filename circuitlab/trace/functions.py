@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -37,31 +39,41 @@ LEAVING = frozenset("item tolist bool float int index complex numpy array equal 
 
 KEEPS_PLACE = frozenset("requires_grad_ detach_".split())
 
-Plan = tuple[str, Any, Callable[..., Any] | None]
-"""Name, rule, and for composites the function to run in its place."""
+Plan = tuple[Any, str, Any, Callable[..., Any] | None]
+"""The function itself, its name, its rule, and for composites the function to run in its place."""
 
 _plans: dict[Any, Plan] = {}
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def plan_of(func: Any) -> Plan:
     """The plan for a function."""
     plan = _plans.get(func)
     if plan is None:
-        plan = _plans[func] = _planned(func)
+        plan = _plans[func] = _planned(_itself(func))
     return plan
+
+
+def _itself(func: Any) -> Any:
+    """A function of torch without what other tools have put around it: that has run already."""
+    def torchs(known: Any) -> bool:
+        return not isinstance(known, types.FunctionType) or known.__code__.co_filename.startswith(_TORCH)
+
+    inner = inspect.unwrap(func, stop=torchs)
+    return inner if torchs(inner) else func
 
 
 def _planned(func: Any) -> Plan:
     name = rules.name_of(func)
     replacement = compose.REPLACEMENTS.get(name) or compose.before_relu(func, name)
     if replacement is not None:
-        return name, None, replacement
+        return func, name, None, replacement
     rule = rules.lookup(func, name)
     if rule is rules.opaque and func is not torch.autograd.grad:  # of which the body says nothing
         entered = _entered(func)
         if entered is not None:
-            return name, None, entered
-    return name, rule, None
+            return func, name, None, entered
+    return func, name, rule, None
 
 
 def _entered(func: Any) -> Callable[..., Any] | None:

@@ -56,10 +56,10 @@ def _describe(code: CodeType) -> _Code:
         file, name = code.co_filename, code.co_name
         inside = file.startswith((_TORCH, *_OWN, "<frozen"))
         library = not inside and os.sep + "lib" + os.sep + "python" in file and "site-packages" not in file
-        author = not inside and not library
-        # a decorator's wrapper hands everything on: it is no step of the computation
+        # a decorator's wrapper hands everything on: it is no step of the computation, and no line to look at
         wrapper = (code.co_flags & _VAR_ARGS) == _VAR_ARGS and bool(code.co_freevars)
-        block = author and not wrapper and not name.startswith("<") and name not in ("forward", "__call__")
+        author = not inside and not library and not wrapper
+        block = author and not name.startswith("<") and name not in ("forward", "__call__")
         found = _codes[code] = _Code(block, author, _package(file), file)
     return found
 

@@ -229,7 +229,7 @@ class Recorder(TorchFunctionMode):
             if func.__name__ in compose.REPLACEMENTS:
                 return self._composite(func.__name__, compose.REPLACEMENTS[func.__name__], args, kwargs)
             return transforms.left(self, args) if func.__name__ == transforms.LEAVES else transforms.box(self, func, args, kwargs)
-        name, rule, replacement = plan_of(func)
+        func, name, rule, replacement = plan_of(func)
         if name == "to" and len(args) == 2 and isinstance(args[1], torch.Tensor):
             name = "type_as"
         if name in BY_SHAPE:  # the other operand gives its shape or type and nothing else
