@@ -1,7 +1,7 @@
 """Groups of exactly equal size: balanced assignment, balanced k-means, balanced parts of a graph.
 
 The assignment of n points to k groups of n/k each at least cost is a transport problem. It is solved exactly in two stages:
-entropic prices (Sinkhorn; Cuturi, 2013) bring the groups near their sizes, and since choosing the cheapest group at *any*
+entropic prices (Cuturi, 2013) bring the groups near their sizes, and since choosing the cheapest group at *any*
 prices is optimal for the sizes that come out, shortest augmenting paths over the k groups then settle the rest without
 losing optimality (Ahuja, Magnanti & Orlin, *Network Flows*, 1993, section 9.7).
 """
@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -76,20 +77,25 @@ def assign(cost: Floats, prices: Floats | None = None) -> tuple[Labels, Floats]:
 
 
 def _entropic(cost: Floats, prices: Floats, capacity: int, scale: float) -> Floats:
-    """Prices at which soft choices fill each group to its capacity, for falling temperatures."""
-    scratch = np.empty(cost.shape, dtype=np.float32)
-    above = cost - cost.min(axis=1, keepdims=True)
-    for temperature in (scale, scale / 4, scale / 16):
-        scaled = np.multiply(above, -1 / temperature, dtype=np.float32, casting="same_kind")
-        for _ in range(40):
-            np.subtract(scaled, (prices / temperature).astype(np.float32), out=scratch)
-            scratch -= scratch.max(axis=1, keepdims=True)
-            np.exp(scratch, out=scratch)
-            filled = ((1 / scratch.sum(axis=1)) @ scratch).astype(np.float64) / capacity
-            prices = prices + temperature * np.log(np.maximum(filled, 1e-6))
-            if np.abs(filled - 1).max() < 0.02:
+    """Prices at which soft choices fill each group to its capacity, for falling temperatures: steps of Newton's method
+    on the dual, which is convex, none longer than soft choices can tell (a few temperatures)."""
+    above = torch.from_numpy(np.ascontiguousarray(cost, dtype=np.float32))
+    above = above - above.amin(dim=1, keepdim=True)
+    found, soft = torch.from_numpy(prices), torch.empty_like(above)
+    for temperature, near in ((scale / 4, 0.05), (scale / 16, 0.05), (scale / 64, 0.05), (scale / 256, 0.005)):
+        for _ in range(20):
+            torch.add(above, found.float(), out=soft)
+            soft -= soft.amin(dim=1, keepdim=True)
+            soft.clamp_(max=40 * temperature).mul_(-1 / temperature).exp_()  # numbers below 1e-17 are slow, and nothing
+            soft /= soft.sum(dim=1, keepdim=True)
+            filled = soft.sum(dim=0).double()
+            excess = filled - capacity
+            if float(excess.abs().max()) < near * capacity:
                 break
-    return prices - prices.mean()
+            curvature = torch.diag(filled + 1e-3 * capacity) - (soft.T @ soft).double()  # none along equal prices
+            step = temperature * torch.linalg.solve(curvature, excess)
+            found = found + step * min(1.0, 4 * temperature / max(float(step.abs().max()), 1e-300))
+    return (found - found.mean()).numpy()
 
 
 def _settle(cost: Floats, labels: Labels, capacity: int, tolerance: float) -> Labels:
@@ -174,10 +180,10 @@ def blocks(n: int, size: int = 1024) -> list[slice]:
 def distances(points: Floats, means: Floats) -> Floats:
     """Squared distances of points (n, d) to means (k, d), less the points' own squares: float32 (n, k).
 
-    In blocks, and with the means as columns in memory: as one product of what is at hand it takes three times as long.
+    By torch, whose products do not depend on how the memory lies: NumPy's may take three times as long.
     """
-    columns = np.ascontiguousarray(-2 * means.T)
-    return np.concatenate([points[rows] @ columns for rows in blocks(len(points), 2048)]) + (means**2).sum(axis=1)
+    found = torch.from_numpy(points) @ torch.from_numpy(np.ascontiguousarray(-2 * means.T))
+    return found.numpy() + (means**2).sum(axis=1)
 
 
 def _sums(points: Floats, labels: Labels, k: int) -> Floats:

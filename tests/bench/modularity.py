@@ -8,26 +8,26 @@ from scipy import sparse
 
 
 def kmeans(neurons, dims, k, iterations, reference):
-    """Processor seconds and inertia of balanced k-means of random unit keys, ours and the reference's: from the same starting means."""
+    """Seconds and inertia of balanced k-means of random unit keys, ours and the reference's: from the same starting means."""
     from circuitlab.analysis import balanced
 
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((neurons, dims), dtype=np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     start = keys[rng.choice(neurons, k, replace=False)]
-    clock = time.process_time()
+    clock = time.perf_counter()
     labels = balanced.kmeans(keys, k, rng, iterations=iterations, start=start)
-    ours = time.process_time() - clock, balanced.inertia(keys, labels)
-    clock = time.process_time()
+    ours = time.perf_counter() - clock, balanced.inertia(keys, labels)
+    clock = time.perf_counter()
     balanced.assign(balanced.distances(keys, start))
-    step = time.process_time() - clock
+    step = time.perf_counter() - clock
     if not reference:
         return ours, step, None
     from k_means_constrained import KMeansConstrained
 
-    clock = time.process_time()
+    clock = time.perf_counter()
     peer = KMeansConstrained(k, size_min=neurons // k, size_max=neurons // k, init=start, n_init=1, max_iter=iterations).fit(keys)
-    seconds = time.process_time() - clock
+    seconds = time.perf_counter() - clock
     return ours, step, (seconds / peer.n_iter_, balanced.inertia(keys, peer.labels_.astype(np.int64)), seconds)
 
 
