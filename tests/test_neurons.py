@@ -1,6 +1,7 @@
 """Streaming statistics of neurons, against the same computed at once."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,10 +82,13 @@ def test_counts_past_what_a_float_holds_exactly(model):
         model[0].bias.fill_(100.0)
     count = neurons._Count(next(iter(neurons.blocks(cl.trace(model, X)).values())), model, 0, torch.device("cpu"))
     rows = torch.ones(1, 16).expand(neurons.ROWS, 16)
-    for _ in range(2**24 // neurons.ROWS + 5):
+    count._add(rows, None)
+    one, before = count.result((), 1, True), 2**24 - 2 * neurons.ROWS + 1
+    many = {name: torch.full_like(getattr(one, name), before) for name in ("firing", "cofiring")}
+    count.go_on(replace(one, n=before, **many))  # as if so many had been counted
+    for number in range(1, 8):
         count._add(rows, None)
-    stats = count.result((), 1, True)
-    assert bool((stats.cofiring == 2**24 + 5 * neurons.ROWS).all())
+        assert bool((count.result((), 1, True).cofiring == before + number * neurons.ROWS).all())
 
 
 @pytest.mark.parametrize("swap", [False, True])
