@@ -24,6 +24,7 @@ import numpy as np
 
 from circuitlab.circuit import Circuit, Op, Tensor, Wire, unknown
 from circuitlab.errors import InputError
+from circuitlab.recurrent import with_states
 
 _SUMS = frozenset({"sum", "nansum"})
 """Reductions to which an entry of zeros adds nothing."""
@@ -122,7 +123,13 @@ def cut(circuit: Circuit, wire: Any, n: Any = None, *, keep: Any = "first") -> C
     stray = [name for name in chosen if name not in kept]
     if stray:
         raise InputError(f"cut: keep tells of the wire {stray[0]!r}, which is not cut; cut are {list(kept)}")
-    return Cut(circuit, kept, _changes(circuit, kept))
+    entries = _Entries(circuit.wires, kept)
+
+    def length(dim: tuple[str, ...]) -> int:
+        found = entries.product(dim)
+        return math.prod(circuit.wires[name].size for name in dim) if found is None else len(found)
+
+    return Cut(circuit, with_states(circuit, kept, length), _changes(circuit, kept))
 
 
 def _named(circuit: Circuit, key: Any) -> Wire:

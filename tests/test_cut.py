@@ -328,16 +328,60 @@ class Strided(nn.Module):
         return self.down(self.up(x).as_strided((4, 6), (6, 1)).relu())
 
 
-@pytest.mark.parametrize(("model", "x", "message"), [
-    (Recurrent(nn.LSTM), torch.zeros(2, 5, dtype=torch.long), "lstm in 'cell.lstm'.*(does not run|gives shapes)"),
-    (Strided(), torch.randn(4, 3), "as_strided in 'as_strided'.*gives shapes"),
-])
-def test_sizes_that_do_not_follow_are_refused(model, x, message):
-    """A layer of a recurrent net has initial states of the same size as the others; strides are numbers."""
-    circuit = cl.trace(model.eval(), x)
+def test_sizes_that_do_not_follow_are_refused():
+    """Strides are numbers."""
+    model = Strided().eval()
+    circuit = cl.trace(model, torch.randn(4, 3))
     assert circuit.wires["f"].permutable
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="as_strided in 'as_strided'.*gives shapes"):
         circuit.cut("f", 2).apply(model)
+
+
+class Reader(nn.Module):
+    """A fused recurrent net, read at all times, at the last one, or at its state in the end."""
+
+    def __init__(self, kind, read, **options):
+        super().__init__()
+        self.read, self.net = read, kind(4, 6, batch_first=True, **options)
+        self.out = nn.Linear(options.get("proj_size", 6) * (2 if options.get("bidirectional") and read != "state" else 1), 3)
+
+    def forward(self, x):
+        every, state = self.net(x)
+        state = state[0] if isinstance(state, tuple) else state
+        return self.out({"all": every, "last": every[:, -1], "state": state[-1]}[self.read])
+
+
+@pytest.mark.parametrize(("kind", "read", "options", "wires"), [
+    (nn.LSTM, "all", {}, ["f"]),
+    (nn.LSTM, "state", {"num_layers": 2}, ["f"]),
+    (nn.LSTM, "last", {"num_layers": 2}, ["f", "f_2"]),
+    (nn.GRU, "all", {"num_layers": 2, "bidirectional": True}, ["f", "f_2", "f_3", "f_4"]),
+    (nn.RNN, "state", {"bias": False}, ["f"]),
+    (nn.LSTM, "all", {"proj_size": 4}, ["f"]),
+    (nn.LSTM, "all", {"proj_size": 4}, ["f_2"]),
+])
+def test_recurrent_nets_are_cut_with_their_states(kind, read, options, wires):
+    torch.manual_seed(0)
+    model, x = Reader(kind, read, **options).double().eval(), torch.randn(2, 5, 4).double()
+    circuit = cl.trace(model, x)
+    smaller = circuit.cut(dict.fromkeys(wires, 3)).apply(model, x)
+    assert isinstance(smaller, Reader) and (smaller.net.hidden_size == 3 or smaller.net.proj_size == 3)
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        named = dict(masked.named_parameters())
+        for wire in wires:
+            for name, dim, _, part in circuit.wires[wire].places:
+                start, stop = part or (0, named[name].shape[dim])
+                named[name].narrow(dim, start + 3, stop - start - 3).zero_()
+        torch.testing.assert_close(smaller(x), masked(x), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_a_recurrent_net_are_cut_alike():
+    """Their states stand in one array; run with others, torch reads what is beyond its end."""
+    model = Reader(nn.LSTM, "all", num_layers=2).eval()
+    circuit = cl.trace(model, torch.zeros(2, 5, 4))
+    with pytest.raises(InputError, match="lstm in 'net.lstm'.*one array, and they would have 3 of 'f', 6 of 'f_2'; cut these wires alike"):
+        circuit.cut("f", 3)
 
 
 def test_label_and_wire_are_names_too():

@@ -176,6 +176,13 @@ def _known_sizes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         yield ("num_channels", shape[0])
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and shape:
         yield ("normalized_shape", tuple(shape))
+    elif isinstance(module, nn.RNNBase):
+        hidden = module.get_parameter("weight_hr_l0" if module.proj_size else "weight_hh_l0")
+        yield from (("input_size", module.get_parameter("weight_ih_l0").shape[1]), ("hidden_size", hidden.shape[1]))
+        if module.proj_size:
+            yield ("proj_size", hidden.shape[0])
+    elif isinstance(module, nn.RNNCellBase):
+        yield from (("input_size", module.weight_ih.shape[1]), ("hidden_size", module.weight_hh.shape[1]))
     elif isinstance(module, nn.PReLU):
         yield ("num_parameters", shape[0])
 
