@@ -102,9 +102,10 @@ def _barrier(figure: go.Figure, one: Any, kind: str, of: str, on: str, shade: st
                                 showlegend=False), 1, 1)
     figure.add_shape(type="line", x0=alphas[top], x1=alphas[top], y0=base[top], y1=values[top], line={"color": shade, "width": 1.5}, row=1, col=1)
     above = values[top] >= base[top]
+    there = [value for value in (array(one.of(of, name))[top] for name in one.sets) if np.isfinite(value)]
     figure.add_annotation(
-        x=alphas[top], y=values[top], text=f"{kind} barrier {height:.3g}" if alone else f"{height:.3g}", showarrow=False, yanchor="bottom" if above else "top",
-        yshift=4 if above else -4, xanchor="left" if alphas[top] < 0.2 else "right" if alphas[top] > 0.8 else "center", font={"color": shade, "size": 12},
+        x=alphas[top], y=max(there) if above else min(there), text=f"{kind} barrier {height:.3g}" if alone else f"{height:.3g}", showarrow=False, yanchor="bottom" if above else "top",
+        yshift=5 if above else -5, xanchor="left" if alphas[top] < 0.2 else "right" if alphas[top] > 0.8 else "center", font={"color": shade, "size": 12},
         row=1, col=1,
     )
 
