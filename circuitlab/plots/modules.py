@@ -172,7 +172,7 @@ def _edges(labels: np.ndarray[Any, Any], axis: str) -> list[dict[str, Any]]:
 
 
 def _null(figure: go.Figure, part: Any, row: int, col: int) -> None:
-    """The score of a partition, and those of its shuffled controls."""
+    """The score of a partition, and those of its controls."""
     null = array(part.null)
     figure.add_trace(go.Histogram(x=null, marker_color=QUIET, nbinsx=24, hovertemplate="%{x}: %{y} controls<extra></extra>"), row, col)
     score = float(part.tested)
@@ -180,7 +180,7 @@ def _null(figure: go.Figure, part: Any, row: int, col: int) -> None:
     figure.add_vline(x=score, line={"color": colour(1), "width": 3}, row=row, col=col,  # type: ignore[arg-type]
                      annotation={"text": text, "font": {"color": colour(1)}, "xanchor": "right", "yanchor": "top"})
     figure.update_xaxes(title_text=part.score_name, row=row, col=col)
-    figure.update_yaxes(title_text="shuffled controls", row=row, col=col)
+    figure.update_yaxes(title_text="controls", row=row, col=col)
 
 
 def _verdict(part: Any) -> str:
