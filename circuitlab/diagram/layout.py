@@ -376,7 +376,7 @@ class _Page:
     def _band(self, band: Band, row: _Row) -> None:
         begin, end = self.column[id(band.source)], self.column[id(band.target)]
         starts_here, ends_here = begin >= row.first, end <= row.last
-        x0 = self.right[begin] if starts_here else self.left[row.first] - _LEAD
+        x0 = self.right[begin] if starts_here else _MARGIN
         x1 = self.left[end] if ends_here else self.right[row.last] + self.gaps[row.last]
         if not band.tracks:
             y = self._span(band, row)[0]
@@ -403,7 +403,7 @@ class _Page:
             for above, below in itertools.pairwise(bands):
                 older = above if self.column[id(above.source)] < self.column[id(below.source)] else below
                 begin = self.column[id(older.source)]
-                x0 = self.right[begin] if begin >= row.first else self.left[row.first] - _LEAD
+                x0 = self.right[begin] if begin >= row.first else _MARGIN
                 low, high = self._span(above, row)[1], self._span(below, row)[0]
                 if high - low >= 20 and self.left[end] - x0 >= 24:
                     y = low + 8.0 if older is above else high - 22.0
