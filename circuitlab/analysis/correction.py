@@ -129,10 +129,10 @@ def _norms(model: nn.Module) -> list[_BatchNorm]:
 
 @dataclass(frozen=True)
 class Layer:
-    """A product with a weight and a bias, whose channels can be rescaled.
+    """A product whose channels can be rescaled, and shifted where it has a bias.
 
     Attributes:
-        weight, bias: their names. fn: the function that computes it.
+        weight, bias: their names, "" where it has no bias. fn: the function that computes it.
         rows: dimension of the weight that holds the channels. channels: that of the output.
     """
 
@@ -144,7 +144,8 @@ class Layer:
 
 
 class Repair(Correction):
-    """Each channel before a nonlinearity gets a mean and standard deviation between those of the models (REPAIR, section 3).
+    """Each channel before a nonlinearity gets a mean and standard deviation between those of the models (REPAIR, section 3);
+    where there is no bias to shift it by, the standard deviation alone.
 
     The statistics are found in one pass over training data, in which each layer's outputs are already corrected, with the
     statistics of the batch, for the layers after it.
@@ -176,17 +177,19 @@ class Repair(Correction):
         return found
 
     def correct(self, model: nn.Module, weights: Sequence[float], batches: Any) -> None:
-        """Rescale and shift each channel, in its weight and bias."""
+        """Rescale and shift each channel, in its weight and its bias, if it has one."""
         target = self.target(weights)
         found = self._measured(model, batches, target)
         named = dict(model.named_parameters(remove_duplicate=False))
         for layer in self.layers:
             (mean, std), (wanted, spread) = found[layer.weight], target[layer.weight]
             scale = _ratio(spread, std)
-            weight, bias = named[layer.weight], named[layer.bias]
+            weight = named[layer.weight]
             shape = [-1 if dim == layer.rows else 1 for dim in range(weight.ndim)]
             weight.mul_(scale.to(weight.dtype).reshape(shape))
-            bias.copy_((bias - mean) * scale + wanted)
+            if layer.bias:
+                bias = named[layer.bias]
+                bias.copy_((bias - mean) * scale + wanted)
 
     def _measured(self, model: nn.Module, batches: Any, target: Moments | None) -> Moments:
         with _unfused(), _Watch(model, self.layers, target) as watch:
@@ -252,7 +255,8 @@ class _Watch(TorchFunctionMode):
         wanted, spread = self.target[layer.weight]
         shape = [-1 if dim == layer.channels % result.ndim else 1 for dim in range(result.ndim)]
         scale = _ratio(spread, variance.sqrt())
-        return ((exact - mean.reshape(shape)) * scale.reshape(shape) + wanted.reshape(shape)).to(result.dtype)
+        shift = wanted - mean * scale if layer.bias else torch.zeros_like(mean)
+        return (exact * scale.reshape(shape) + shift.reshape(shape)).to(result.dtype)
 
     def _add(self, weight: str, count: int, mean: torch.Tensor, variance: torch.Tensor) -> None:
         """Chan's update of mean and sum of squares."""
@@ -270,7 +274,7 @@ def layers_of(circuit: Circuit) -> tuple[Layer, ...]:
     """The products of a circuit whose channels can be corrected: those that more is computed from than a function of each entry.
 
     Raises:
-        InputError: there are none; or one has no bias, is used more than once, or has its channels in several dimensions.
+        InputError: there are none; or one is used more than once, or has its channels in several dimensions.
     """
     if any(op.fn == "batch_norm" for op in circuit.ops):
         raise InputError(f"correct='repair' is for networks without BatchNorm, and {circuit.title} has it: give correct='batchnorm'")
@@ -286,22 +290,22 @@ def layers_of(circuit: Circuit) -> tuple[Layer, ...]:
         layer = _layer(circuit, op, weights[0])
         if isinstance(layer, str):
             bad.append(f"{weights[0]!r} {layer}")
-        elif users[layer.weight] > 1 or users[layer.bias] > 1:
-            bad.append(f"{weights[0]!r} is used {max(users[layer.weight], users[layer.bias])} times")
+        elif (times := max(users[layer.weight], users.get(layer.bias, 1))) > 1:
+            bad.append(f"{weights[0]!r} is used {times} times")
         else:
             found.append(layer)
     if bad:
         raise InputError(f"correct='repair' cannot put statistics back into all layers of {circuit.title}: {'; '.join(bad[:6])}"
                          + (f"; and {len(bad) - 6} more" if len(bad) > 6 else "")
-                         + ". It needs products with one weight and one bias of their own; try correct=None")
+                         + ". It needs products with one weight of their own; try correct=None")
     if not found:
-        raise InputError(f"correct='repair': {circuit.title} has no linear map or convolution with a weight and a bias before its last one, "
+        raise InputError(f"correct='repair': {circuit.title} has no linear map or convolution before its last one, "
                          "so there is nothing to correct")
     return tuple(found)
 
 
 def _layer(circuit: Circuit, op: Op, weight: str) -> Layer | str:
-    """A product whose channels are one dimension of its weight, its bias and its output; or why it is none."""
+    """A product whose channels are one dimension of its weight, its output, and its bias if it has one; or why it is none."""
     at, shape = op.inputs.index(weight), circuit.tensor(weight).shape
     biases = [name for name in op.inputs if circuit.tensor(name).kind == "parameter" and len(circuit.tensor(name).shape) == 1]
     out = circuit.tensor(op.outputs[0])
@@ -316,7 +320,7 @@ def _layer(circuit: Circuit, op: Op, weight: str) -> Layer | str:
         for bias in biases:
             if circuit.tensor(bias).dims[0] == circuit.tensor(weight).dims[rows]:
                 return Layer(weight, bias, op.fn, rows, channels - len(out.shape))
-        return "has no bias"
+        return "has a bias of other channels" if biases else Layer(weight, "", op.fn, rows, channels - len(out.shape))
     return "has no dimension of channels"
 
 

@@ -227,7 +227,8 @@ def interpolate(
         loss: "cross_entropy", "mse", a function of (output, batch) that gives a batch's mean, or None for the output's own.
         points: how many, evenly from 0 to 1, or which α. Exactly these are evaluated.
         correct: what is done to the points between the models. "batchnorm": running statistics are reset on the batches.
-            "repair": means and standard deviations of channels are set to those between A and B (Jordan et al., 2023).
+            "repair": means and standard deviations of channels are set to those between A and B (Jordan et al., 2023), where a layer
+            has no bias the latter alone.
         layers: paths of the modules that move, such as ``{"transformer.h.3"}``; all others stay A's. None: all move. With
             corrections the point at 1, which is no model of its own then, is corrected too.
         executor: any `concurrent.futures.Executor` to evaluate on, such as a process pool or a Dask client's ``get_executor()``.
