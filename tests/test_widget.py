@@ -6,6 +6,7 @@ import traitlets
 
 import circuitlab as cl
 from circuitlab import display
+from circuitlab.diagram.layout import draw
 from circuitlab.gallery.gpt import GPT
 
 
@@ -27,6 +28,14 @@ def test_unfold_then_fold_is_the_identity(view):
     view.toggle("blocks.0.mlp")
     assert view.scene == before
 
+
+
+def test_a_toggle_is_one_new_drawing(view, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("circuitlab.widgets.diagram.draw", lambda *args, **options: drawn.append(options) or draw(*args, **options))
+    for _ in range(3):
+        view.toggle("blocks.0.mlp")
+    assert len(drawn) == 3
 
 def test_folding_an_outer_block_forgets_what_was_unfolded_within(view):
     view.toggle("blocks.0.mlp")

@@ -29,7 +29,8 @@ def main_part(circuit: Circuit) -> Shown:
     """
     out = _further(circuit)
     outputs = tuple(name for name in circuit.outputs if name not in out)
-    every, needed = _needed(circuit, circuit.outputs), _needed(circuit, outputs)
+    every = _needed(circuit, circuit.outputs)
+    needed = _needed(circuit, outputs) if out else every
     idle = [op for op in circuit.ops if op.name not in every] if outputs else []
     if not out and not idle:
         return Shown(circuit)

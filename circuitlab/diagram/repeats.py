@@ -149,7 +149,7 @@ class Repeats:
 
     def _links(self, one: _Shape, other: _Shape) -> tuple[int, ...] | None:
         """For each array that the second reads: which array of the first it is (or -1: both read the same)."""
-        makes = {self.canonical(name): number for number, name in enumerate(one.makes)}
+        makes = {name: number for number, name in enumerate(one.makes)}  # those that are read are canonical
         found: list[int] = []
         for mine, its in zip(one.reads, other.reads, strict=True):
             if its in makes:

@@ -89,12 +89,11 @@ class DiagramWidget(anywidget.AnyWidget):
             raise InputError(f"the block {block!r} is not in the drawing, or has nothing to unfold")
         inside = {b.name for b in self.circuit.block(block).blocks()}
         opened, closed = [n for n in self.opened if n not in inside], [n for n in self.closed if n not in inside]
-        with self.hold_trait_notifications():
-            if state == "closed":
-                opened.append(block)
-            else:
-                closed.append(block)
-            self.opened, self.closed = tuple(opened), tuple(closed)
+        (opened if state == "closed" else closed).append(block)
+        self._ready = False  # both may change, which is one new drawing
+        self.opened, self.closed = tuple(opened), tuple(closed)
+        self._ready = True
+        self._redraw()
 
     def _told(self, _: Any, content: dict[str, Any], __: Any) -> None:
         block = content.get("toggle")
