@@ -21,6 +21,7 @@ from circuitlab.analysis.feedforward import FeedForward
 from circuitlab.analysis.surface import Surface
 from circuitlab.circuit import Circuit
 from circuitlab.widgets.diagram import DiagramWidget
+from circuitlab.widgets.figure import refill
 
 _LISTED = 12
 """Neurons and positions that are written out."""
@@ -135,14 +136,7 @@ class Lab(ipywidgets.VBox):
         self.number.options = [("none", -1), *((f"{m} ({size} neurons)", m) for m, size in enumerate(part.sizes))]
         stats = self.stats.get(self.wire)
         drawn = plots.partition(part, stats.cofiring if stats is not None else None)
-        with self.figure.batch_update():
-            self.figure.data = ()
-            self.figure.layout = {}
-            self.figure.add_traces(list(drawn.select_traces()))
-            self.figure.update_layout(drawn.layout)
-        for trace in self.figure.data:
-            if trace.type in ("bar", "heatmap"):
-                trace.on_click(self._clicked)
+        refill(self.figure, drawn, self._clicked, ("bar", "heatmap"))
         self._highlight()
 
     def _highlight(self, _: Any = None) -> None:

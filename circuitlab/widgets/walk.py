@@ -21,6 +21,7 @@ from circuitlab.analysis.landscape import LayerPaths, Path, layerwise
 from circuitlab.circuit import Circuit
 from circuitlab.trace.record import trace
 from circuitlab.widgets.diagram import DiagramWidget
+from circuitlab.widgets.figure import refill
 
 
 class Walk(ipywidgets.VBox):
@@ -57,31 +58,16 @@ class Walk(ipywidgets.VBox):
         self.observe(self._changed, "layers")
         self.diagram.observe(self._moved, ["opened", "closed", "depth"])
         self._draw()
-        self._draw_bars()
+        if bars is not None:
+            refill(self.layered, plots.layer_paths(bars), self._toggled)
         self._moved()
 
     def _draw(self) -> None:
         """The path, or both."""
         told = {"": self.path} if self.part is None else {"all": self.path, ", ".join(self.layers): self.part}
         drawn = plots.path(told if self.part is not None else self.path).update_layout(showlegend=True)
-        with self.line.batch_update():
-            self.line.data = ()
-            self.line.layout = {}
-            self.line.add_traces(list(drawn.select_traces()))
-            self.line.update_layout(drawn.layout)
-        for trace_ in self.line.data:
-            trace_.on_click(self._clicked)
+        refill(self.line, drawn, self._clicked)
         self._mark()
-
-    def _draw_bars(self) -> None:
-        if self.bars is None:
-            return
-        drawn = plots.layer_paths(self.bars)
-        with self.layered.batch_update():
-            self.layered.add_traces(list(drawn.select_traces()))
-            self.layered.update_layout(drawn.layout)
-        for trace_ in self.layered.data:
-            trace_.on_click(self._toggled)
 
     def _mark(self) -> None:
         """Where on the path the diagram is."""
