@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from circuitlab.analysis.feedforward import FeedForward, Weight
+from circuitlab.analysis.feedforward import FeedForward
+from circuitlab.analysis.maps import Weight
 from circuitlab.analysis.functional import adjust
 from circuitlab.analysis.membership import Members, indicators, members
 from circuitlab.analysis.neurons import _chosen

@@ -146,7 +146,7 @@ def _cut(model: torch.nn.Module, block: FeedForward, labels: Any) -> _Cut:
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     first, value = block.first[0], block.values[0]
     keys = first.of(named[first.parameter].detach())
-    bias = first.of(named[first.bias].detach())[:, 0] if first.bias else None
+    bias = first.of_bias(named[first.bias].detach()) if first.bias else None
     members = members_of(labels).to(keys.device)
     where = torch.zeros(block.size, dtype=torch.int64, device=keys.device)
     for expert, row in enumerate(members):

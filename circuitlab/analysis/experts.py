@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from circuitlab.analysis.feedforward import FeedForward, Weight
+from circuitlab.analysis.feedforward import FeedForward
+from circuitlab.analysis.maps import Weight
 from circuitlab.errors import InputError
 
 GATES = ("gate", "similarity")
@@ -357,7 +358,7 @@ def _convert(model: nn.Module, block: FeedForward, members: torch.Tensor, top_k:
                              "convert every other block of a chain")
     *into, out = dense
     named = dict(model.named_parameters(remove_duplicate=False))
-    bias = first.of(named[first.bias].detach())[:, 0] if first.bias else None
+    bias = first.of_bias(named[first.bias].detach()) if first.bias else None
     members = members.to(named[first.parameter].device)
     router = Router(first.of(named[first.parameter].detach()), bias, members, top_k, selection)
     router.names = (*into, out)

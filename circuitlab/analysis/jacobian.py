@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from circuitlab.analysis import batches as walked
-from circuitlab.analysis.feedforward import FeedForward, _NoBlockError, _Search, blocks
+from circuitlab.analysis.feedforward import FeedForward, blocks
+from circuitlab.analysis.maps import Maps, NoMapError
 from circuitlab.analysis.neurons import _alone, _mask
 from circuitlab.analysis.tap import Tap
 from circuitlab.circuit import Circuit, Wire
@@ -70,11 +71,11 @@ def reader(circuit: Circuit, wire: Wire | str) -> FeedForward:
     if what not in circuit.wires:
         known = ", ".join(block.wire for block in found.values()) or "none"
         raise InputError(f"{what!r} is no wire of {circuit.title}; its feed-forward blocks have the wires {known}; see circuit.ffn")
-    search = _Search(circuit)
+    maps = Maps(circuit)
     readers: dict[str, FeedForward] = {}
     for op in circuit.ops:
         for axis in op.axes:
-            data = search._multiplied(op, axis) if axis.role == "contracted" and axis.wire == what else None
+            data = maps.multiplied(op, axis) if axis.role == "contracted" and axis.wire == what else None
             if data is None:
                 continue
             hidden, size = circuit.tensor(op.inputs[data]), circuit.wires[what].size
@@ -82,12 +83,12 @@ def reader(circuit: Circuit, wire: Wire | str) -> FeedForward:
             if len(at) != 1 or hidden.dims[at[0]] != (what,) or len(circuit.consumers.get(hidden.name, ())) != 1:
                 continue
             try:
-                value = search.weight(op, (what,), (0, size, 1), "contracted")
-            except _NoBlockError:
+                value = maps.weight(op, (what,), (0, size, 1), makes=False)
+            except NoMapError:
                 continue
             others = tuple(dim for n, dim in enumerate(hidden.dims) if n != at[0])
             batch = next((n for n, dim in enumerate(others) if dim and circuit.wires[dim[0]].kind == "batch"), None)
-            readers[op.name] = FeedForward(search.module_of(op.name), what, size, (), (), (value,), positions=others, batch=batch)
+            readers[op.name] = FeedForward(maps.module_of(op.name), what, size, (), (), (value,), positions=others, batch=batch)
     if len(readers) != 1:
         state = f"is read by {len(readers)} linear maps" if readers else "has no linear map that alone reads its values"
         raise InputError(f"the wire {what!r} {state}; there must be one, whose input can be put in from outside; "
@@ -97,11 +98,11 @@ def reader(circuit: Circuit, wire: Wire | str) -> FeedForward:
 
 def between(circuit: Circuit, source: FeedForward, target: FeedForward | None) -> tuple[str, ...]:
     """Names of the weights (parameters of two or more dimensions) of the ops from where a wire is read to where the next is."""
-    search = _Search(circuit)
+    maps = Maps(circuit)
     start = circuit.op(source.values[0].op)
     reached = set(start.outputs)
     ahead = [start]
-    for op in circuit.ops[search.number[start.name] + 1 :]:
+    for op in circuit.ops[maps.number[start.name] + 1 :]:
         if any(name in reached for name in op.inputs):
             reached.update(op.outputs)
             ahead.append(op)
@@ -110,7 +111,7 @@ def between(circuit: Circuit, source: FeedForward, target: FeedForward | None) -
     for op in reversed(ahead):
         if wanted.intersection(op.outputs):
             wanted.update(op.inputs)
-            roots = [root for name in op.inputs for root in search.roots.get(name, ())]
+            roots = [root for name in op.inputs for root in maps.roots.get(name, ())]
             names.update(dict.fromkeys(r for r in roots if circuit.tensor(r).kind == "parameter" and len(circuit.tensor(r).dims) > 1))
     return tuple(reversed(names))
 

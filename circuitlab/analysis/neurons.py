@@ -220,7 +220,7 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bo
             has = f"those of {type(circuit).__name__} {circuit.title} are {', '.join(b.wire for b in found.values())}" if found else (
                 f"{circuit.title} has none")
             raise InputError(f"{what} is no hidden wire of a feed-forward block; {has}; see circuit.ffn")
-        if block.stacked > 1 and not (stacked and _told(block)):
+        if block.stacked > 1 and not (stacked and block.told):
             warnings.warn(f"{block.wire} is left out: neuron j of its {block.stacked} experts, which share one parameter, is "
                           f"another in each ({block.values[0].parameter})")
             continue
@@ -229,13 +229,6 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bo
         raise InputError(f"{circuit.title} has no feed-forward block to observe: no hidden wire that linear maps make and contract "
                          "with only elementwise functions between; see circuit.ffn")
     return chosen
-
-
-def _told(block: FeedForward) -> bool:
-    """Whether the values of stacked experts can be told apart: a dimension counts them, or a grouped product has their rows."""
-    maps = (*block.keys, *block.gates, *block.values)
-    return all(w.along is not None and w.stacked == block.stacked for w in maps) and (
-        block.experts is not None or all("grouped_mm" in w.fn for w in maps))
 
 
 def _each(blocks: Mapping[str, FeedForward]) -> dict[str, FeedForward]:
@@ -254,7 +247,7 @@ def _whole(name: str, blocks: Mapping[str, FeedForward]) -> str:
 
 def _alone(block: FeedForward, examples: int) -> FeedForward:
     """The block of a run on one example, whose axis is no wire: it is the first of size 1."""
-    if block.batch is not None or examples > 1:
+    if block.batch is not None or examples > 1 or block.picked:
         return block
     return replace(block, batch=next((number for number, dim in enumerate(block.positions) if not dim), 0))
 

@@ -1,7 +1,7 @@
 """What feed-forward blocks compute in one run, as rows (positions, neurons), with what is known of each position.
 
-A block's values may come in several parts, and those of experts come for the positions alone that were sent to them, sorted by
-expert. Which rows of the input these are is known if they were picked by an index, which the tap follows.
+A block's values may come in several parts, and those of experts come for the positions alone that were sent to them. Which rows of
+the input these are is known if they were picked by an index, which the tap follows, as it does what picks an expert of many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from circuitlab.analysis import batches as walked
 from circuitlab.analysis.feedforward import FeedForward
-from circuitlab.analysis.tap import Origin, Tap
+from circuitlab.analysis.tap import Expert, Origin, Tap
 from circuitlab.errors import InputError
 
 
@@ -25,13 +25,13 @@ class Parts:
     Attributes:
         hidden: values of the wire, (..., neurons), and inputs: of the block, (..., inputs), in the order of the calls.
         origins: of the inputs, where they were picked from a larger tensor.
-        groups: of the hidden values, the ends of each expert's rows where a grouped product has them.
+        experts: of the hidden values, where one of many is picked.
     """
 
     hidden: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     inputs: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     origins: list[Origin | None] = field(default_factory=list["Origin | None"])
-    groups: list[torch.Tensor | None] = field(default_factory=list["torch.Tensor | None"])
+    experts: list[Expert] = field(default_factory=list["Expert"])
 
 
 def run(model: torch.nn.Module, batch: Any, blocks: Mapping[str, FeedForward]) -> dict[str, Parts]:
@@ -40,7 +40,7 @@ def run(model: torch.nn.Module, batch: Any, blocks: Mapping[str, FeedForward]) -
 
     def visit(wire: str, hidden: torch.Tensor) -> None:
         parts[wire].hidden.append(hidden)
-        parts[wire].groups.append(tap.groups)
+        parts[wire].experts.append(tap.expert)
 
     def enter(wire: str, inputs: torch.Tensor) -> None:
         parts[wire].inputs.append(inputs)
@@ -72,42 +72,49 @@ class Rows:
     ) -> None:
         self.hidden: list[torch.Tensor] = []
         self.inputs: list[torch.Tensor | None] = []
-        self.wire, self.examples = wire, examples
+        self.wire, self.total = wire, 0
         paired = [h.shape[:-1] for h in parts.hidden] == [x.shape[:-1] for x in parts.inputs]
-        self.picked: list[tuple[torch.Tensor, int]] = []
-        leads = block.batch is not None
+        self.places: list[Origin | None] = []
         for number, hidden in enumerate(parts.hidden):
-            inputs = parts.inputs[number] if paired else None
             origin = parts.origins[number] if paired and block.picked else None
-            group = parts.groups[number]
-            if block.expert is not None and block.experts is None and group is not None:
-                one = slice(int(group[block.expert - 1]) if block.expert else 0, int(group[block.expert]))
-                hidden, inputs = hidden[one], None if inputs is None else inputs[one]
-                origin = None if origin is None else (origin[0][one], origin[1])
-            self.hidden.append(_flat(hidden, block))
-            self.inputs.append(None if inputs is None else _flat(inputs, block))
+            hidden, inputs = _flat(hidden, block), _flat(parts.inputs[number], block) if paired else None
             if origin is not None:
-                self.picked.append(origin)
-        self.total = sum(len(rows) for rows in self.hidden)
-        grouped = block.expert is not None and block.experts is None
-        self.whole = leads and len(self.hidden) == 1 and not grouped
+                place = origin[0].flatten(), origin[1]
+            elif block.batch is not None and len(parts.hidden) == 1:
+                place = torch.arange(len(hidden), device=hidden.device), len(hidden)
+            else:
+                place = None
+            if block.expert is not None and block.experts is None:
+                keep = self._sent(parts.experts[number], len(hidden), block.expert)
+                hidden, inputs = hidden[keep], None if inputs is None else inputs[keep]
+                place = None if place is None else (place[0][keep], place[1])
+            self.hidden.append(hidden)
+            self.inputs.append(inputs)
+            self.places.append(place)
+            self.total += len(hidden)
         self.mask = self._spread(mask, "mask")
         self.marks = self._spread(marks, "labels")
+
+    def _sent(self, picked: Expert, rows: int, expert: int) -> slice | torch.Tensor:
+        """Which rows were sent to an expert."""
+        if isinstance(picked, torch.Tensor) and picked.ndim and picked.numel() == rows:
+            return picked.flatten() == expert
+        if picked is None or (isinstance(picked, torch.Tensor) and picked.numel() > 1):
+            raise InputError(f"it is not known which expert each of {rows} positions of {self.wire} was sent to: the matrices are picked "
+                             "by numbers in a way that cannot be followed; index the first dimension of the parameter")
+        return slice(None) if int(picked) == expert else slice(0)
 
     def _spread(self, given: torch.Tensor | None, what: str) -> torch.Tensor | None:
         """What is given for each example or position, for each row."""
         if given is None:
             return None
-        if self.hidden and len(self.picked) == len(self.hidden):
-            found = [_of_rows(given, total)[rows] for rows, total in self.picked if total % max(given.numel(), 1) == 0]
-            if len(found) == len(self.picked):
-                return torch.cat(found)
-        if not self.whole or self.total % max(given.numel(), 1):
-            if what == "labels":
+        places = [place for place in self.places if place is not None and not place[1] % max(given.numel(), 1)]
+        if len(places) < len(self.hidden) or not places:
+            if what == "labels" and self.total:
                 raise InputError(f"{what}: the {self.total} positions of {self.wire} cannot be told apart by {tuple(given.shape)} "
                                  "labels; give one for each example, or for each position, or leave this wire out")
             return None
-        return _of_rows(given, self.total)
+        return torch.cat([_of_rows(given, total)[rows] for rows, total in places])
 
 
 def _of_rows(given: torch.Tensor, total: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from circuitlab.analysis.feedforward import FeedForward
+from circuitlab.analysis.maps import Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +84,14 @@ class Reservoir:
         order = self.positions.argsort()
         first, up = block.first[0], block.keys[0]
 
-        def bias(name: str) -> torch.Tensor:
-            rows = first.of(named[name].detach(), block.expert)[:, 0] if name in named else torch.zeros(block.size)
-            return rows.float().cpu().clone()
+        def bias(weight: Weight) -> torch.Tensor:
+            entries = weight.of_bias(named[weight.bias].detach(), block.expert) if weight.bias in named else torch.zeros(block.size)
+            return entries.float().cpu().clone()
 
-        made = Sample(
-            self.positions[order].cpu(), self.inputs[order].cpu(), self.hidden[order].cpu(), bias(first.bias), seed=self.seed)
+        made = Sample(self.positions[order].cpu(), self.inputs[order].cpu(), self.hidden[order].cpu(), bias(first), seed=self.seed)
         if not block.gated:
             return made
-        return replace(made, ups=up.of(named[up.parameter].detach(), block.expert).cpu().clone(), up_bias=bias(up.bias))
+        return replace(made, ups=up.of(named[up.parameter].detach(), block.expert).cpu().clone(), up_bias=bias(up))
 
     def go_on(self, sample: Sample | None, device: torch.device) -> None:
         """Start from what was kept before."""

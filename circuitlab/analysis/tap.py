@@ -7,13 +7,15 @@ that is a module, a function of a parameter, or code that is called in parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from circuitlab.analysis.feedforward import FeedForward, Weight
+from circuitlab.analysis.feedforward import FeedForward
+from circuitlab.analysis.maps import Weight
 from circuitlab.errors import InputError
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor | None]
@@ -22,7 +24,48 @@ Visit = Callable[[str, torch.Tensor], torch.Tensor | None]
 Origin = tuple[torch.Tensor, int]
 """Rows of a matrix that were picked from another: their numbers there, and how many rows that has."""
 
+Expert = int | torch.Tensor | None
+"""Number of the expert that values belong to, or of each position's; None if that is not known."""
+
+_CASTS = frozenset("to float half bfloat16 double type type_as contiguous clone cpu cuda".split())
 _KEEPS_ROWS = frozenset("to float half bfloat16 type contiguous clone detach dropout mul mul_ masked_fill masked_fill_".split())
+_VIEWS_ROWS = frozenset("view reshape flatten unsqueeze squeeze".split())
+_PARTS_ROWS = frozenset("split chunk tensor_split".split())
+_Readers = tuple[tuple[str, Weight, int, "Visit | None"], ...]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter, or what was made of it alone.
+
+    Attributes:
+        readers: blocks that read it, as (wire, weight, size, what to call).
+        stack: where experts lie in memory one after another: address, bytes of each, number. None if they do not.
+        expert: those that it holds, None for all.
+    """
+
+    readers: _Readers
+    stack: tuple[int, int, int] | None = None
+    expert: Expert = None
+
+    def viewed(self, result: torch.Tensor) -> _Held:
+        """The same for a view, or for a copy that goes on as one of its own."""
+        if self.stack is None or self.expert is not None or not result.numel():
+            return self
+        start, size, number = self.stack
+        first = result.data_ptr() - start
+        last = first + sum((n - 1) * step for n, step in zip(result.shape, result.stride(), strict=True)) * result.element_size()
+        if not 0 <= first <= last < size * number:
+            return replace(self, stack=None)
+        return replace(self, expert=first // size) if first // size == last // size else self
+
+
+def _stack(tensor: torch.Tensor, number: int) -> tuple[int, int, int] | None:
+    """Where experts lie in memory, if the first dimension counts them, or holds their rows one after another."""
+    within = sum((n - 1) * step for n, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+    if number < 2 or not tensor.ndim or tensor.shape[0] % number or tensor.stride(0) <= within:
+        return None
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size() * (tensor.shape[0] // number), number
 
 
 class Tap(TorchFunctionMode):
@@ -36,7 +79,7 @@ class Tap(TorchFunctionMode):
         enter: gets the inputs of a block, of shape (..., inputs), each time that its first map is about to read them.
 
     Attributes:
-        groups: in a call of a function, the ends of each expert's rows if the values are read by a grouped product.
+        expert: in a call of a function, of the values, where one of many or one for each position is picked.
         origin: in a call of a function, where the rows of the values were picked from, if that is known.
     """
 
@@ -48,55 +91,67 @@ class Tap(TorchFunctionMode):
         self.put: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.changed: set[str] = set()
         self.origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.groups: torch.Tensor | None = None
+        self.expert: Expert = None
         self.origin: Origin | None = None
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         for wire, block in blocks.items():
             for weights, size, function in ((block.values, block.size, visit), (block.first[:1], 0, enter)):
                 for number, weight in enumerate(weights if function is not None else ()):
                     tensor = named[weight.parameter]  # the first is visited: all read the same
-                    self.known[tensor] = (*(self.known.get(tensor) or ()), (wire, weight, size, None if number else function))
+                    held = self.known.get(tensor) or _Held((), _stack(tensor, weight.stacked) if weight.along == 0 else None)
+                    self.known[tensor] = replace(held, readers=(*held.readers, (wire, weight, size, None if number else function)))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors(args, kwargs)
-        readers: tuple[tuple[str, Weight, int, Visit | None], ...] = ()
-        for tensor in tensors:
-            readers = readers or self.known.get(tensor) or ()
-        if not readers:
-            return self._followed(getattr(func, "__name__", ""), tensors, func(*args, **kwargs))
+        held, weights = next(((known, tensor) for tensor in tensors if (known := self.known.get(tensor)) is not None), (None, None))
         name, met = getattr(func, "__name__", ""), False
-        for wire, weight, size, function in readers:
+        if held is None or weights is None:
+            result = func(*args, **kwargs)
+            self._follow(name, args, kwargs, tensors, result)
+            return result
+        for wire, weight, size, function in held.readers:
             if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.known:
                 continue
             values = tensors[weight.operand]
             if values.ndim >= -weight.axis and size in (0, values.shape[weight.axis]):
                 met = True
-                self.groups = next((t for t in tensors if t.ndim == 1 and not t.is_floating_point()), None) if "grouped_mm" in name else None
+                self.expert = _of_groups(tensors, values, weights, held) if "grouped_mm" in name else held.expert
                 self.origin = self.origins.get(values)
                 put = self._put(wire, weight, values, function)
                 if put is not None:
                     args, kwargs = _replaced(args, kwargs, values, put)
                     tensors = _tensors(args, kwargs)
         result = func(*args, **kwargs)
-        if not met and isinstance(result, torch.Tensor) and not any(result is tensor for tensor in tensors):
-            self.known[result] = readers  # a cast or a view of the parameter, or one expert of many
+        if not met:
+            for made in _tensors((result,), {}):
+                if not any(made is tensor for tensor in tensors):
+                    self.known[made] = _derived(held, name, args, made)  # a cast or a view of the parameter, or one expert of many
         return result
 
-    def _followed(self, name: str, tensors: list[torch.Tensor], result: Any) -> Any:
-        """A function's result, and where its rows come from."""
-        if not isinstance(result, torch.Tensor) or result.ndim != 2 or not tensors or not result.is_floating_point():
-            return result
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], result: Any) -> None:
+        """Note where the rows of a function's results come from."""
+        made = [tensor for tensor in _tensors((result,), {}) if tensor.ndim > 1 and tensor.is_floating_point()]
+        if not made or not tensors or tensors[0].ndim < 2:
+            return
         source, before = tensors[0], self.origins.get(tensors[0])
-        if name in ("__getitem__", "index_select") and len(tensors) == 2:
-            index = tensors[1]
-            if source.ndim == 2 and index.ndim == 1 and index.dtype == torch.int64 and result.shape == (len(index), source.shape[1]):
-                self.origins[result] = (index, len(source)) if before is None else (before[0][index], before[1])
-        elif before is not None and name in _KEEPS_ROWS and result.shape == source.shape:
-            self.origins[result] = before
-        return result
+        rows, total = before or (None, source.shape[:-1].numel())
+        found: Any = None
+        if name == "__getitem__" and (before or len(tensors) > 1) and _rows_alone(args[1], source.ndim):
+            found = (rows if rows is not None else torch.arange(total, device=source.device).view(source.shape[:-1]))[args[1]]
+        elif name == "index_select" and len(tensors) == 2 and source.ndim == 2 and kwargs.get("dim", *args[1:2]) == 0:
+            found = tensors[1] if rows is None else rows[tensors[1]]
+        elif rows is not None and name in _KEEPS_ROWS and made[0].shape == source.shape:
+            found = rows
+        elif rows is not None and name in _VIEWS_ROWS and made[0].shape[-1] == source.shape[-1]:
+            found = rows.reshape(made[0].shape[:-1])
+        elif rows is not None and name in _PARTS_ROWS and sum(map(len, made)) == len(source):
+            found = rows.split([*map(len, made)])
+        for tensor, places in zip(made, found if isinstance(found, (tuple, list)) else [found], strict=False):
+            if isinstance(places, torch.Tensor) and places.shape == tensor.shape[:-1]:
+                self.origins[tensor] = (places, total)
 
     def _put(self, wire: str, weight: Weight, values: torch.Tensor, function: Visit | None) -> torch.Tensor | None:
         """What to put in the place of values that a map is about to read."""
@@ -112,6 +167,42 @@ class Tap(TorchFunctionMode):
         self.changed.add(wire)
         self.put[values] = changed = changed.movedim(-1, weight.axis)
         return changed
+
+
+def _derived(held: _Held, name: str, args: tuple[Any, ...], made: torch.Tensor) -> _Held:
+    """What is made of a parameter."""
+    source = next((arg for arg in args if isinstance(arg, torch.Tensor)), made)
+    if held.stack is None or held.expert is not None:
+        return held
+    if made.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+        return held.viewed(made)
+    whole = source.ndim > 0 and source.shape[0] % held.stack[2] == 0
+    if whole and name in _CASTS and made.shape == source.shape:
+        return replace(held, stack=_stack(made, held.stack[2]))
+    index = args[1:2] if name == "__getitem__" else args[2:3] if name == "index_select" and args[1:2] == (0,) else ()
+    index = index[0] if index and isinstance(index[0], tuple) else index
+    numbers = [item for item in index if isinstance(item, torch.Tensor) and item.dtype in (torch.int64, torch.int32)]
+    if len(numbers) == 1 and numbers[0] is index[0] and source.shape[:1] == held.stack[2:]:
+        return replace(held, expert=numbers[0] % held.stack[2])
+    return replace(held, stack=None)
+
+
+def _of_groups(tensors: list[torch.Tensor], values: torch.Tensor, weights: torch.Tensor, held: _Held) -> torch.Tensor | None:
+    """The expert of each row, of a grouped product: rows beyond the last group's end get a number too large."""
+    ends = next((tensor for tensor in tensors if tensor.ndim == 1 and not tensor.is_floating_point()), None)
+    if ends is None or held.stack is None or not held.stack[2] == len(weights) == len(ends):
+        return None
+    return torch.searchsorted(ends, torch.arange(len(values), device=ends.device, dtype=ends.dtype), right=True)
+
+
+def _rows_alone(index: Any, ndim: int) -> bool:
+    """Whether an index leaves a tensor's last dimension alone."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(item is Ellipsis or isinstance(item, (list, bool)) for item in items):
+        return False
+    masks = (torch.bool, torch.uint8)
+    used = sum(item.ndim if isinstance(item, torch.Tensor) and item.dtype in masks else item is not None for item in items)
+    return used < ndim
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
