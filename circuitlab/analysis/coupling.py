@@ -28,8 +28,8 @@ import torch
 from numpy.typing import NDArray
 
 from circuitlab.analysis.feedforward import FeedForward
-from circuitlab.analysis.maps import Weight
 from circuitlab.analysis.functional import adjust
+from circuitlab.analysis.maps import Weight
 from circuitlab.analysis.membership import Members, indicators, members
 from circuitlab.analysis.neurons import _chosen
 from circuitlab.analysis.results import Result

@@ -106,12 +106,13 @@ class Tap(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors(args, kwargs)
-        held, weights = next(((known, tensor) for tensor in tensors if (known := self.known.get(tensor)) is not None), (None, None))
+        weights = next((tensor for tensor in tensors if tensor in self.known), None)
         name, met = getattr(func, "__name__", ""), False
-        if held is None or weights is None:
+        if weights is None:
             result = func(*args, **kwargs)
             self._follow(name, args, kwargs, tensors, result)
             return result
+        held: _Held = self.known[weights]
         for wire, weight, size, function in held.readers:
             if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.known:
                 continue
@@ -179,10 +180,10 @@ def _derived(held: _Held, name: str, args: tuple[Any, ...], made: torch.Tensor) 
     whole = source.ndim > 0 and source.shape[0] % held.stack[2] == 0
     if whole and name in _CASTS and made.shape == source.shape:
         return replace(held, stack=_stack(made, held.stack[2]))
-    index = args[1:2] if name == "__getitem__" else args[2:3] if name == "index_select" and args[1:2] == (0,) else ()
-    index = index[0] if index and isinstance(index[0], tuple) else index
-    numbers = [item for item in index if isinstance(item, torch.Tensor) and item.dtype in (torch.int64, torch.int32)]
-    if len(numbers) == 1 and numbers[0] is index[0] and source.shape[:1] == held.stack[2:]:
+    index: Any = args[1] if name == "__getitem__" else args[2] if name == "index_select" and len(args) > 2 and args[1] == 0 else None
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    numbers = [item for item in items if isinstance(item, torch.Tensor) and item.dtype in (torch.int64, torch.int32)]
+    if len(numbers) == 1 and numbers[0] is items[0] and source.shape[:1] == held.stack[2:]:
         return replace(held, expert=numbers[0] % held.stack[2])
     return replace(held, stack=None)
 
