@@ -167,7 +167,7 @@ def test_bad_input(change, message):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("bare", "not the weight of a module"), ("adapter", "more than one map"), ("experts", "not the weight of a module"), ("two heads", "more than one map"),
+    ("bare", "not the weight of a module"), ("adapter", "more than one map"), ("experts", "one of 3 experts that share the parameter w2"), ("two heads", "more than one map"),
 ])
 def test_blocks_that_cannot_be_made_sparse(name, message):
     model, x, _ = FOUND[name]

@@ -310,12 +310,17 @@ def block_of(wire: str, part: Any, model: nn.Module) -> FeedForward:
     """The block that a partition is of.
 
     Raises:
-        InputError: it does not know, it has another number of neurons, or the model has no such parameters.
+        InputError: it does not know, it has another number of neurons, it is one of experts that share their parameters, or the
+            model has no such parameters.
     """
     block = getattr(part, "ffn", None)
     if not isinstance(block, FeedForward):
         raise InputError(f"the partition of {wire!r} was made of a matrix, which does not tell whose neurons it is about: "
                          "make it from what cl.observe gave, or set ffn= of it")
+    if block.stacked > 1:
+        raise InputError(f"the partition of {wire!r} is of one of {block.stacked} experts that share the parameter "
+                         f"{block.values[0].parameter}: it is a mixture already, and none of them is a module that could be taken apart "
+                         "further; give each expert an nn.Linear for each of its maps")
     if len(part.labels) != block.size:
         raise InputError(f"the partition of {wire!r} has {len(part.labels)} neurons, and the wire {block.size}")
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {name for name, _ in model.named_buffers()}
@@ -349,7 +354,7 @@ def _convert(model: nn.Module, block: FeedForward, members: torch.Tensor, top_k:
     dense: dict[str, nn.Module] = {}
     for weight in (*maps, value):
         path, owner = weight.module, weight.parameter.rpartition(".")[0]
-        if path is None or not weight.direct or weight.stacked > 1 or (weight.bias and weight.bias.rpartition(".")[0] != owner):
+        if path is None or not weight.direct or (weight.bias and weight.bias.rpartition(".")[0] != owner):
             raise InputError(f"{where}: {weight.parameter} is not the weight of a module that does this map alone, "
                              "so there is no module to replace; put an nn.Linear in its place")
         dense[path] = model.get_submodule(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from circuitlab.analysis.maps import Maps, NoMapError, Pick, Weight
+from circuitlab.analysis.maps import ALL, Maps, NoMapError, Pick, Weight
 from circuitlab.analysis.views import NoViewError, view
 from circuitlab.circuit import Axis, Op, Tensor
 
@@ -106,10 +106,12 @@ class Region:
         if len({weight.stacked for weight in every}) > 1 or any(weight.along is None for weight in every):
             return False
         by = self.value.by
-        if self.experts is not None or any(weight.by != by for weight in every):
+        if not by or any(weight.by != by for weight in every):
+            return False
+        if by == ALL:
             return self.experts is not None
         if by.isdecimal() or "grouped_mm" in self.value.fn:
-            return by != ""
+            return True
         picks = [self.maps.picks[name] for name in self.reader.inputs if name in self.maps.picks and self.maps.picks[name].index == by]
         return any(pick.dims in ((), tuple(dim for dim in self.positions if dim)) for pick in picks)
 
@@ -363,7 +365,7 @@ class Region:
         for name in sources:
             op, wires, rows = self.sources[name]
             weight = self.maps.weight(op, wires, rows, makes=True)
-            for bias, pick in (self.biases[key] for key in (name, op.name) if key in self.biases):
+            for bias, pick in (self.biases[key] for key in dict.fromkeys((name, op.name)) if key in self.biases):
                 if pick is not None and (weight.stacked == 1 or weight.by != pick.index and "grouped_mm" not in op.fn):
                     raise NoMapError  # a row of another number than the map's
                 if weight.bias:

@@ -67,6 +67,9 @@ def reader(circuit: Circuit, wire: Wire | str) -> FeedForward:
         what = same[0].name if same else what
     for path, block in found.items():
         if what in (block.wire, path):
+            if block.stacked > 1:
+                raise InputError(f"neuron j of the {block.stacked} experts of {block.wire}, which share one parameter, is another in each "
+                                 f"({block.values[0].parameter}); choose a wire of circuit.ffn of which there is one")
             return block
     if what not in circuit.wires:
         known = ", ".join(block.wire for block in found.values()) or "none"

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from circuitlab.analysis.views import NoViewError, view
-from circuitlab.circuit import Axis, Circuit, Dims, Op, Tensor
+from circuitlab.circuit import PASSING_ROLES, Axis, Circuit, Dims, Op
+
+ALL = "all"
 
 
 class NoMapError(Exception):
@@ -39,7 +41,7 @@ class Weight:
         stacked: number of such maps in the parameter, as of experts; 1 if it is one matrix.
         along: the dimension of the parameter that counts them, None if there is not one; `dim` if they lie there one after another.
         by: what picks one of them in that op: a number, or the name of the tensor of numbers (of the ends of their rows for a
-            grouped product); "" if that is not known.
+            grouped product); "all" if it takes all in their order, "" if that is not known.
     """
 
     parameter: str
@@ -207,6 +209,8 @@ class Maps:
                 n for n, dim in enumerate(tensor.dims) if len(dim) > len(wires) and dim[-len(wires) :] == wires]
             if not dims or (others and not any(wire in others for dim in tensor.dims for wire in dim)):
                 continue  # a bias
+            if not self._kept(name, root, wires):
+                raise NoMapError
             dim, data = dims[0], self._data(op)
             before = tensor.dims[dim][: -len(wires)]
             rest = [n for n, factors in enumerate(tensor.dims) if n != dim and not set(factors) & others]
@@ -216,8 +220,18 @@ class Maps:
                 root, dim, rows, self._bias(op, slot, wires) if makes else self._added(op, slot), op.name, op.fn, data,
                 self._summed(op, data, () if makes else wires), self.number[op.name], self._only(op), root == name, math.prod(sizes),
                 along[0] if len(along) == 1 else None)
-            return found if found.along is None else replace(found, by=self._by(op, name, before or tensor.dims[found.along]))
+            return found if found.along is None else replace(found, by=self._by(op, name, root, before or tensor.dims[found.along]))
         raise NoMapError
+
+    def _kept(self, name: str, root: str, wires: tuple[str, ...]) -> bool:
+        """Whether what is computed of a parameter has, for each index of these wires, what comes of the entry at its place."""
+        maker = self._maker(name)
+        if maker is None:
+            return True
+        moved = any(a.wire in wires and not (a.ins and a.outs and a.role in (*PASSING_ROLES, "created", "normalised")) for a in maker.axes)
+        ahead = [other for other in maker.inputs if root in self.sources(other) and any(
+            wire in wires for dim in self.circuit.tensor(other).dims for wire in dim)]
+        return not moved and all(self._kept(other, root, wires) for other in ahead)
 
     def _matrices(self, op: Op) -> Iterator[tuple[int, str, str]]:
         """(number of the input, its name, parameter or constant) that may be the matrix of a map: those picked come last."""
@@ -228,8 +242,9 @@ class Maps:
 
     def _data(self, op: Op) -> int:
         """Number of the input that a linear map is applied to."""
-        found = (self.multiplied(op, a, others=True) for a in op.axes if a.role == "contracted")
-        return next((slot for slot in found if slot is not None), next(n for n, name in enumerate(op.inputs) if not self.fixed(name)))
+        found = [self.multiplied(op, a, others=True) for a in op.axes if a.role == "contracted"]
+        flowing = [slot for slot, name in enumerate(op.inputs) if name not in self.roots and not self._matrix(name)]
+        return next(slot for slot in (*found, *flowing) if slot is not None)
 
     def _summed(self, op: Op, data: int, wires: tuple[str, ...]) -> int:
         """The dimension of what is mapped that is summed over, counted from the end: that of these wires, if there are any."""
@@ -272,28 +287,28 @@ class Maps:
 
     # one of many --------------------------------------------------------------------------------------
 
-    def _by(self, op: Op, name: str, experts: tuple[str, ...]) -> str:
-        """What picks one of many maps, along these wires, for an op that takes this tensor; "" if that is not known."""
+    def _by(self, op: Op, name: str, root: str, experts: tuple[str, ...]) -> str:
+        """What picks one of many maps, along these wires of a parameter, for an op that takes this tensor; see `Weight.by`."""
+        by = ALL
         if "grouped_mm" in op.fn:
             ends = [other for other in op.inputs if not self.fixed(other) and self.circuit.tensor(other).dtype in ("int32", "int64")]
-            return ends[0] if len(ends) == 1 and experts in self.circuit.tensor(name).dims else ""
-        while (maker := self._maker(name)) is not None:
-            here, source = self.circuit.tensor(name), self.circuit.tensor(maker.inputs[0])
-            if experts in source.dims and experts not in here.dims:
-                if maker.kind == "gather":
-                    return self._unviewed(maker.inputs[1]) if name in self.picks else ""
-                return self._constant(maker, name, source, experts)
-            if maker.kind != "reindex" and not (name in self.picks and maker.kind == "gather"):
-                return ""
-            name = maker.inputs[0]
-        return ""
+            by = ends[0] if len(ends) == 1 and experts in self.circuit.tensor(name).dims else ""
+        while by and (maker := self._maker(name)) is not None:
+            source = next(other for other in maker.inputs if root in self.sources(other))
+            if experts in self.circuit.tensor(source).dims and experts not in self.circuit.tensor(name).dims:
+                by = self._unviewed(maker.inputs[1]) if maker.kind == "gather" and name in self.picks else self._constant(maker, name, source, experts)
+            elif maker.kind not in ("reindex", "elementwise") or any(a.wire in experts and not a.passes for a in maker.axes):
+                by = ""  # other experts, or in another order
+            name = source
+        return by
 
-    def _constant(self, op: Op, name: str, source: Tensor, experts: tuple[str, ...]) -> str:
+    def _constant(self, op: Op, name: str, source: str, experts: tuple[str, ...]) -> str:
         """The number that a view picks one of many with: it is made of numbers in their place."""
-        if op.kind not in ("index", "slice") or len(op.inputs) != 1 or source.dims.count(experts) != 1:
+        tensor = self.circuit.tensor(source)
+        if op.kind not in ("index", "slice") or len(op.inputs) != 1 or tensor.dims.count(experts) != 1:
             return ""
-        at = source.dims.index(experts)
-        numbers = torch.arange(source.shape[at]).view([-1 if n == at else 1 for n in range(len(source.dims))])
+        at = tensor.dims.index(experts)
+        numbers = torch.arange(tensor.shape[at]).view([-1 if n == at else 1 for n in range(len(tensor.dims))])
         try:
             result: Any = view(self.circuit, op, [numbers])
         except NoViewError:

@@ -6,6 +6,7 @@ are split into, as long as the model computes the same numbers.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ ROWS = 4096
 """Positions that are counted at once."""
 BLOCK = 2048
 """Neurons whose pairs with all later ones are counted at once."""
+TRIED = 8
+"""Batches that are tried for one that reaches all blocks that are asked for."""
 CALIBRATION = 4096
 """Positions that the default threshold of a smooth activation is taken from."""
 BINS = tuple(sorted({2.0 ** (step / 4) for step in range(-64, 49)} | {1 - 2.0 ** (-step / 4) for step in range(8, 85)}))
@@ -157,7 +160,8 @@ def observe(
 
     Returns:
         wire name -> `NeuronStats`, on the CPU. Where one parameter holds all experts of a mixture, each expert has its own, under
-        the wire's name and its number, as in "f[3]": of the positions that were sent to it. Experts that got none are left out.
+        the wire's name and its number, as in "f[3]": of the positions that were sent to it. Experts that got none are left out,
+        and where each is a module of its own, without wires=, those that the first batch does not reach.
 
     Raises:
         InputError: a wire that is no feed-forward block's, batches that are empty or can be walked only once, labels
@@ -169,8 +173,7 @@ def observe(
         raise InputError("batches is empty: there is nothing to run the model on")
     with walked.evaluated(model) as copied:
         device = walked.device_of(copied)
-        circuit = _traced(copied, walked.to_device(first, device))
-        chosen = {name: _alone(block, walked.examples(first)) for name, block in _chosen(circuit, wires, stacked=True).items()}
+        chosen = _reached(copied, batches, wires, device)
         known = Labels(labels, batches)
         counts = {name: _Count(block, copied, len(known.names), device, sample, seed) for name, block in _each(chosen).items()}
         skip = _resumed(counts, resume, known)
@@ -202,6 +205,23 @@ def _traced(model: torch.nn.Module, batch: Any) -> Circuit:
     return trace(model, *args, **kwargs)
 
 
+def _reached(
+    model: torch.nn.Module, batches: Any, wires: Iterable[Wire | str] | None, device: torch.device
+) -> dict[str, FeedForward]:
+    """Wire name -> block, of the first batch; where what runs depends on the data, of the first of some that reaches all that are asked for."""
+    wanted = wires if wires is None or isinstance(wires, (str, Wire)) else list(wires)
+    missed: InputError | None = None
+    for batch in itertools.islice(iter(batches), TRIED):
+        circuit = _traced(model, walked.to_device(batch, device))
+        try:
+            return {name: _alone(block, walked.examples(batch)) for name, block in _chosen(circuit, wanted, stacked=True).items()}
+        except InputError as error:
+            if circuit.device == "meta" or wanted is None:
+                raise
+            missed = missed or error
+    raise InputError(f"{missed}; or it depends on the data what runs, and none of the first batches reaches all that is asked for")
+
+
 def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bool = False) -> dict[str, FeedForward]:
     """Wire name -> block, of the wires that are asked for; those of stacked experts are left out if they cannot be told apart."""
     found = blocks(circuit)
@@ -212,6 +232,7 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bo
     by_places = {frozenset(circuit.wires[block.wire].places): block for block in found.values()}
     by_name = {block.wire: block for block in found.values()} | found
     chosen: dict[str, FeedForward] = {}
+    left: list[str] = []
     for wire in asked:
         block = by_places.get(frozenset(wire.places)) if isinstance(wire, Wire) and wire.places else by_name.get(
             wire.name if isinstance(wire, Wire) else wire)
@@ -221,10 +242,14 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bo
                 f"{circuit.title} has none")
             raise InputError(f"{what} is no hidden wire of a feed-forward block; {has}; see circuit.ffn")
         if block.stacked > 1 and not (stacked and block.told):
-            warnings.warn(f"{block.wire} is left out: neuron j of its {block.stacked} experts, which share one parameter, is "
-                          f"another in each ({block.values[0].parameter})")
+            left.append(f"{block.wire} is left out: neuron j of its {block.stacked} experts, which share one parameter, is "
+                        f"another in each ({block.values[0].parameter})")
             continue
         chosen[wire.name if isinstance(wire, Wire) else block.wire] = block
+    if left and not chosen:
+        raise InputError("; ".join(left))
+    for why in left:
+        warnings.warn(why)
     if not chosen:
         raise InputError(f"{circuit.title} has no feed-forward block to observe: no hidden wire that linear maps make and contract "
                          "with only elementwise functions between; see circuit.ffn")

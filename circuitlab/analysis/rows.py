@@ -75,17 +75,19 @@ class Rows:
         self.wire, self.total = wire, 0
         paired = [h.shape[:-1] for h in parts.hidden] == [x.shape[:-1] for x in parts.inputs]
         self.places: list[Origin | None] = []
-        for number, hidden in enumerate(parts.hidden):
+        one = block.expert if block.experts is None else None
+        own = [n for n, picked in enumerate(parts.experts) if one is None or not isinstance(picked, int) or picked == one]
+        for number in own:
             origin = parts.origins[number] if paired and block.picked else None
-            hidden, inputs = _flat(hidden, block), _flat(parts.inputs[number], block) if paired else None
+            hidden, inputs = _flat(parts.hidden[number], block), _flat(parts.inputs[number], block) if paired else None
             if origin is not None:
-                place = origin[0].flatten(), origin[1]
-            elif block.batch is not None and len(parts.hidden) == 1:
+                place = _flat(origin[0][..., None], block)[:, 0], origin[1]
+            elif block.batch is not None and len(own) == 1:
                 place = torch.arange(len(hidden), device=hidden.device), len(hidden)
             else:
                 place = None
-            if block.expert is not None and block.experts is None:
-                keep = self._sent(parts.experts[number], len(hidden), block.expert)
+            if one is not None:
+                keep = self._sent(parts.experts[number], len(hidden), one)
                 hidden, inputs = hidden[keep], None if inputs is None else inputs[keep]
                 place = None if place is None else (place[0][keep], place[1])
             self.hidden.append(hidden)

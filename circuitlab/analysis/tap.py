@@ -94,6 +94,7 @@ class Tap(TorchFunctionMode):
         self.expert: Expert = None
         self.origin: Origin | None = None
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        self.fixed = frozenset(map(id, named.values()))
         for wire, block in blocks.items():
             for weights, size, function in ((block.values, block.size, visit), (block.first[:1], 0, enter)):
                 for number, weight in enumerate(weights if function is not None else ()):
@@ -135,7 +136,7 @@ class Tap(TorchFunctionMode):
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], result: Any) -> None:
         """Note where the rows of a function's results come from."""
         made = [tensor for tensor in _tensors((result,), {}) if tensor.ndim > 1 and tensor.is_floating_point()]
-        if not made or not tensors or tensors[0].ndim < 2:
+        if not made or not tensors or tensors[0].ndim < 2 or id(tensors[0]) in self.fixed:  # an embedding picks no positions
             return
         source, before = tensors[0], self.origins.get(tensors[0])
         rows, total = before or (None, source.shape[:-1].numel())
