@@ -9,7 +9,8 @@ What is where; each file says what it is for:
   `landscape` (the line between two models), `correction`, `collapse`, `curve`, `plane` and `surface` on a `grid`, `ridge` and
   `hessian` by `derivatives`, `instability`.
 - cut and stitched wires: `nested`; `places`, `stitch`, `stitching`.
-- partitioned wires: `feedforward` finds hidden wires, `neurons` observes them, through `tap`, `rows`, `views` and `sample`.
+- partitioned wires: `feedforward` says what a hidden wire is, `hidden` finds what makes one, by `maps`, the learned linear maps;
+  `neurons` observes them, through `tap`, `rows`, `views` and `sample`.
   `modularity` partitions them by `affinity`, `balanced`, `communities`, `hierarchy`, `spectral` or `interaction` (by `jacobian`), and
   tests that against `null`, `features` or `surrogate`.
 - what modules are good for: `experts`, `expert_curve`, `functional`, `prune`, `activity`, `stability`, `flows`, `coupling`, `lift`,

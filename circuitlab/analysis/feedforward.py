@@ -64,7 +64,7 @@ class FeedForward:
     @property
     def stacked(self) -> int:
         """Number of experts whose neurons share the wire's numbering; 1 for an ordinary block."""
-        return max(weight.stacked for weight in (*self.keys, *self.gates, *self.values))
+        return min((weight.stacked for weight in (*self.keys, *self.gates, *self.values) if weight.stacked > 1), default=1)
 
     @property
     def first(self) -> tuple[Weight, ...]:

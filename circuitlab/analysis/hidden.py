@@ -100,17 +100,15 @@ class Region:
     @property
     def told(self) -> bool:
         """Whether it is known which of stacked maps each position meets."""
-        every = (*self.keys, *self.gates, self.value)
-        if max(weight.stacked for weight in every) == 1:
+        every, by = (*self.keys, *self.gates, self.value), self.value.by
+        sizes = {weight.stacked for weight in every}
+        if sizes == {1}:
             return True
-        if len({weight.stacked for weight in every}) > 1 or any(weight.along is None for weight in every):
+        if 1 in sizes or not by or any(weight.along is None or weight.by != by for weight in every):
             return False
-        by = self.value.by
-        if not by or any(weight.by != by for weight in every):
-            return False
-        if by == ALL:
-            return self.experts is not None
-        if by.isdecimal() or "grouped_mm" in self.value.fn:
+        if by == ALL or "grouped_mm" in self.value.fn:
+            return len(sizes) == 1 and (by != ALL or self.experts is not None)
+        if by.isdecimal():
             return True
         picks = [self.maps.picks[name] for name in self.reader.inputs if name in self.maps.picks and self.maps.picks[name].index == by]
         return any(pick.dims in ((), tuple(dim for dim in self.positions if dim)) for pick in picks)
