@@ -513,6 +513,13 @@ def test_experts_that_are_none(form):
     assert blocks(cl.trace(Mixture(form), ROWS)) == {}
 
 
+def test_experts_under_vmap_are_found_but_not_observed():
+    model = Mixture(lambda m, x, w, c: torch.vmap(lambda up, down: F.relu(x @ up) @ down)(m.up, m.down).sum(0))
+    assert [(b.stacked, b.told) for b in blocks(cl.trace(model, ROWS)).values()] == [(4, True)]
+    with pytest.raises(InputError, match=r"were met in no batch: .*torch\.vmap"):
+        cl.observe(model, [ROWS], progress=False)
+
+
 def test_experts_that_the_first_batch_does_not_reach():
     model = Mixture(loop_over_modules)
     wires = cl.trace(model, ROWS).ffn.values()

@@ -100,11 +100,11 @@ class Region:
     @property
     def told(self) -> bool:
         """Whether it is known which of stacked maps each position meets."""
-        every, by = (*self.keys, *self.gates, self.value), self.value.by
+        every, by = [weight for weight in (*self.keys, *self.gates, self.value) if weight.stacked > 1], self.value.by
         sizes = {weight.stacked for weight in every}
-        if sizes == {1}:
+        if not every:
             return True
-        if 1 in sizes or not by or any(weight.along is None or weight.by != by for weight in every):
+        if not by or any(weight.along is None or weight.by != by for weight in every):
             return False
         if by == ALL or "grouped_mm" in self.value.fn:
             return len(sizes) == 1 and (by != ALL or self.experts is not None)

@@ -178,10 +178,11 @@ def observe(
         counts = {name: _Count(block, copied, len(known.names), device, sample, seed) for name, block in _each(chosen).items()}
         skip = _resumed(counts, resume, known)
         _calibrate(counts, chosen, threshold, copied, batches, mask, device, progress)
-        seen, complete = skip, True
+        seen, complete, met = skip, True, set[str]()
         try:
             for number, batch in walked.walk(batches, device, what="observing neurons", progress=progress, skip=skip):
                 parts = run(copied, batch, chosen)
+                met |= {wire for wire in parts if parts[wire].hidden}
                 wanted, marks = _mask(mask, batch), known.of(number, batch, device)
                 for name, count in counts.items():
                     count.add(Rows(parts[_whole(name, chosen)], count.block, walked.examples(batch), wanted, marks, name), number)
@@ -189,6 +190,10 @@ def observe(
         except KeyboardInterrupt:
             complete = False
             warnings.warn(f"interrupted after {seen} batches: these are the statistics so far; go on with observe(..., resume=stats)")
+    met |= {_whole(name, chosen) for name, count in counts.items() if count.n}
+    if complete and met < set(chosen):
+        raise InputError(f"the values of {', '.join(wire for wire in chosen if wire not in met)} were met in no batch: no position reached them, or they are computed where "
+                         "functions of tensors cannot be watched one by one (torch.vmap)")
     empty = [name for name, count in counts.items() if count.block.expert is not None and not count.n]
     if empty:
         warnings.warn(f"left out: no position was sent to {', '.join(empty)}")
