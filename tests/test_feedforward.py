@@ -306,3 +306,9 @@ def test_language_models(family):
     found = blocks(circuit)
     assert len(found) == (4 if family == "t5" else 2)
     assert all(block.gated == (family in ("llama", "phi3")) for block in found.values())
+
+
+def test_what_a_recurrent_net_reads_is_no_hidden_wire():
+    """Its gates are no linear map of what it reads."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.GRU(5, 4, batch_first=True))
+    assert not blocks(cl.trace(model, X))

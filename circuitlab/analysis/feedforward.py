@@ -49,6 +49,8 @@ class Weight:
         direct: the op takes the parameter itself, not something computed from it (weight norm, a merged adapter).
         stacked: number of such maps in the parameter, as of experts; 1 if it is one matrix.
         along: the dimension of the parameter that counts them, None if there is not one.
+        calls: for each op of the run that applies fn to the parameter, whether it is for this block: another block may share
+            the parameter, as tied weights do. () if all are.
     """
 
     parameter: str
@@ -64,6 +66,7 @@ class Weight:
     direct: bool = True
     stacked: int = 1
     along: int | None = None
+    calls: tuple[bool, ...] = ()
 
     def of(self, tensor: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """The neurons' rows of the parameter, of shape (neurons, what else the parameter has); those of one expert where many are stacked."""
@@ -146,30 +149,42 @@ def ffn(circuit: Circuit) -> dict[str, Wire]:
 def blocks(circuit: Circuit) -> dict[str, FeedForward]:
     """Module path -> `FeedForward`, as `ffn`."""
     search = _Search(circuit)
-    found: dict[Any, FeedForward] = {}
+    found: list[FeedForward] = []
+    mine: list[tuple[set[str], set[str]]] = []  # the ops of each: into the wire, and out of it
     for op in circuit.ops:
         for axis in op.axes:
-            if axis.role == "contracted":
-                for block in search.read_by(op, axis):
-                    same = tuple(sorted({w.parameter + str(w.rows) for w in (*block.keys, *block.gates)}))
-                    known = found.get(same)
-                    if known is None:
-                        found[same] = block
-                    elif block.values[0].parameter not in [value.parameter for value in known.values]:
-                        found[same] = replace(known, values=(*known.values, *block.values), path=search.common(known.path, block.path))
-                    elif known.activation != block.activation:  # the same weights again, activated in another way
-                        names = " ".join(dict.fromkeys(f"{known.activation} {block.activation}".split()))
-                        found[same] = replace(known, activation=names, zeros=known.zeros and block.zeros)
-    paths = [block.path for block in found.values()]
+            for block in search.read_by(op, axis) if axis.role == "contracted" else ():
+                at = next((n for n, known in enumerate(found) if _again(known, block, mine[n][0])), len(found))
+                if at == len(found):
+                    found.append(block)
+                    mine.append((set(), set()))
+                elif block.values[0].parameter not in [value.parameter for value in found[at].values]:
+                    found[at] = replace(found[at], values=(*found[at].values, *block.values), path=search.common(found[at].path, block.path))
+                elif found[at].activation != block.activation:  # the same weights again, activated in another way
+                    names = " ".join(dict.fromkeys(f"{found[at].activation} {block.activation}".split()))
+                    found[at] = replace(found[at], activation=names, zeros=found[at].zeros and block.zeros)
+                mine[at][0].update(w.op for w in (*block.keys, *block.gates))
+                mine[at][1].update(value.op for value in block.values)
+    paths, wires = ([getattr(block, name) for block in found] for name in ("path", "wire"))
     named: dict[str, FeedForward] = {}
-    for block in found.values():
+    for block, ops in zip(found, mine, strict=True):
         path = block.path
         if paths.count(path) > 1:
             path = search.module_of(block.keys[0].op)
         if path in named:
-            path = block.wire
-        named[path] = replace(block, path=path)
+            path = block.wire if wires.count(block.wire) == 1 else f"{path}#{len(named) + 1}"
+        into, out = ops
+        maps = {kind: tuple(search.shared(weight, into, 0) for weight in getattr(block, kind)) for kind in ("keys", "gates")}
+        maps["values"] = tuple(search.shared(weight, out, block.size) for weight in block.values)
+        named[path] = replace(block, path=path, **maps)
     return named
+
+
+def _again(known: FeedForward, block: FeedForward, ops: set[str]) -> bool:
+    """Whether a block is one that is known: another map that reads its values, or a further call of its maps."""
+    one, two = ({w.parameter + str(w.rows) for w in (*some.keys, *some.gates)} for some in (known, block))
+    return one == two and (block.values[0].parameter in [value.parameter for value in known.values]
+                           or any(w.op in ops for w in (*block.keys, *block.gates)))
 
 
 @dataclass
@@ -218,7 +233,7 @@ class _Search:
 
         With ``others``, it may sum over other wires as well.
         """
-        if any(a.role in ("windowed", "opaque") for a in op.axes) or (not others and sum(a.role == "contracted" for a in op.axes) > 1):
+        if op.kind == "scan" or any(a.role in ("windowed", "opaque") for a in op.axes) or (not others and sum(a.role == "contracted" for a in op.axes) > 1):
             return None
         slots = {place[0] for place in axis.ins}
         data = [slot for slot in slots if op.inputs[slot] not in self.roots]
@@ -259,6 +274,17 @@ class _Search:
                               op.name, op.fn, data, axis, self.number[op.name], self._only(op), root == name, stacked,
                               along[0] if len(along) == 1 else None)
         raise _NoBlockError
+
+    def shared(self, weight: Weight, mine: set[str], size: int) -> Weight:
+        """The same with which ops it is for, and without a module if that is not for these alone. See `Tap`."""
+        calls: list[bool] = []
+        for op in self.circuit.ops:
+            if op.fn == weight.fn and any(weight.parameter in self.roots.get(name, ()) for name in op.inputs):
+                name = op.inputs[weight.operand] if len(op.inputs) > weight.operand else ""
+                shape = self.circuit.tensor(name).shape if name and name not in self.roots else ()
+                if len(shape) >= -weight.axis and size in (0, shape[weight.axis]):
+                    calls.append(op.name in mine)
+        return weight if all(calls) else replace(weight, module=None, calls=tuple(calls))
 
     def _only(self, op: Op) -> str | None:
         """Path of the module that does nothing but this op, and views before and after it."""

@@ -22,6 +22,7 @@ Visit = Callable[[str, torch.Tensor], torch.Tensor | None]
 Origin = tuple[torch.Tensor, int]
 """Rows of a matrix that were picked from another: their numbers there, and how many rows that has."""
 
+_PICKS = frozenset("__getitem__ index_select gather take_along_dim".split())
 _KEEPS_ROWS = frozenset("to float half bfloat16 type contiguous clone detach dropout mul mul_ masked_fill masked_fill_".split())
 
 
@@ -47,10 +48,15 @@ class Tap(TorchFunctionMode):
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.put: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.changed: set[str] = set()
+        self.counted: dict[tuple[str, int], int] = {}
         self.origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.groups: torch.Tensor | None = None
         self.origin: Origin | None = None
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        self.learned: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+        for tensor in (*named.values(), *held):
+            self.learned[tensor] = True
         for wire, block in blocks.items():
             for weights, size, function in ((block.values, block.size, visit), (block.first[:1], 0, enter)):
                 for number, weight in enumerate(weights if function is not None else ()):
@@ -65,15 +71,20 @@ class Tap(TorchFunctionMode):
         readers: tuple[tuple[str, Weight, int, Visit | None], ...] = ()
         for tensor in tensors:
             readers = readers or self.known.get(tensor) or ()
-        if not readers:
-            return self._followed(getattr(func, "__name__", ""), tensors, func(*args, **kwargs))
         name, met = getattr(func, "__name__", ""), False
+        learned = bool(tensors) and all(tensor in self.learned for tensor in tensors[: 1 if name in _PICKS else None])
+        if not readers:
+            result = self._followed(name, tensors, func(*args, **kwargs))
+            return self._made(result, tensors, None) if learned else result
         for wire, weight, size, function in readers:
-            if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.known:
+            if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.learned:
                 continue
             values = tensors[weight.operand]
             if values.ndim >= -weight.axis and size in (0, values.shape[weight.axis]):
                 met = True
+                number = self.counted[wire, id(weight)] = self.counted.get((wire, id(weight)), -1) + 1
+                if weight.calls and not weight.calls[number % len(weight.calls)]:
+                    continue
                 self.groups = next((t for t in tensors if t.ndim == 1 and not t.is_floating_point()), None) if "grouped_mm" in name else None
                 self.origin = self.origins.get(values)
                 put = self._put(wire, weight, values, function)
@@ -81,8 +92,15 @@ class Tap(TorchFunctionMode):
                     args, kwargs = _replaced(args, kwargs, values, put)
                     tensors = _tensors(args, kwargs)
         result = func(*args, **kwargs)
-        if not met and isinstance(result, torch.Tensor) and not any(result is tensor for tensor in tensors):
-            self.known[result] = readers  # a cast or a view of the parameter, or one expert of many
+        return self._made(result, tensors, None if met else readers) if learned else result
+
+    def _made(self, result: Any, tensors: list[torch.Tensor], readers: Any) -> Any:
+        """What is made of parameters alone: a cast or a view, one expert of many."""
+        for made in _tensors((result,), {}):
+            if not any(made is tensor for tensor in tensors):
+                self.learned[made] = True
+                if readers:
+                    self.known[made] = readers
         return result
 
     def _followed(self, name: str, tensors: list[torch.Tensor], result: Any) -> Any:
