@@ -70,7 +70,7 @@ def before(circuit: Circuit, tensors: Iterable[str]) -> Circuit:
     return _part(circuit, ops, circuit.inputs, outputs, returns)
 
 
-def after(circuit: Circuit, tensor: str) -> Circuit:
+def after(circuit: Circuit, tensor: str, *, whole: bool = False) -> Circuit:
     """What of a run is made of an array: it takes that, and what else is needed of the inputs, and gives what depends on it.
 
     What does not depend on the array but is needed (masks, position embeddings, a residual path around it) is computed as
@@ -79,6 +79,7 @@ def after(circuit: Circuit, tensor: str) -> Circuit:
     Args:
         circuit: is left as it is.
         tensor: name of an array that the run makes.
+        whole: give all that the whole gives: also outputs that do not depend on the array, and the array itself if it is one.
 
     Raises:
         InputError: no output depends on it.
@@ -87,6 +88,7 @@ def after(circuit: Circuit, tensor: str) -> Circuit:
     outputs = tuple(name for name in circuit.outputs if name in reached and name != tensor)
     if not outputs:
         raise InputError(f"no output of {circuit.title} is made of {tensor!r}: there is nothing after it")
+    outputs = circuit.outputs if whole else outputs
     returns = tuple(path for name, path in zip(circuit.outputs, circuit.returns, strict=False) if name in outputs)
     ops = needed(circuit, outputs, (tensor,))
     read = {name for op in circuit.ops if op.name in ops for name in op.inputs}

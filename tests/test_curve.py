@@ -193,3 +193,15 @@ def test_wrong_arguments_are_told(batches):
     ):
         with pytest.raises(cl.CircuitlabError, match=told):
             cl.curve(one, other, data, loss, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bezier", "polygon"])
+def test_half_precision_trains_in_single(dtype, kind):
+    a, b = (net(seed, norm=False).to(dtype) for seed in (0, 1))
+    x = torch.randn(8, 6).to(dtype)
+    made = cl.curve(a, b, [(x, torch.arange(8) % 4)], "cross_entropy", kind, steps=40, lr=1e-4, points=3, progress=False)
+    whole = cl.curve(a.float(), b.float(), [(x.float(), torch.arange(8) % 4)], "cross_entropy", kind, steps=40, lr=1e-4, points=3, progress=False)
+    for name, bend in made.bends[0].items():
+        assert bend.dtype == dtype
+        torch.testing.assert_close(bend.float(), whole.bends[0][name], rtol=torch.finfo(dtype).eps, atol=1e-3)

@@ -189,3 +189,40 @@ def test_another_model():
 
 
 assert X is not None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_fused_encoders_of_torch_call_the_experts_in_eval_mode_too(whole):
+    """Without gradients they read the weights of the maps themselves, and pack padded sequences."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
+    model = (nn.TransformerEncoder(layer, 2) if whole else layer).eval()
+    x, padding = torch.randn(3, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    moe = to_moe(model, parts(model, x), top_k=4)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), model(x))
+        kept = ~padding
+        torch.testing.assert_close(moe(x, src_key_padding_mask=padding)[kept], model(x, src_key_padding_mask=padding)[kept])
+    back = to_moe(moe, {}, top_k=1).to_dense()
+    flags = ("activation_relu_or_gelu", "use_nested_tensor")
+    for one, other in zip(back.modules(), model.modules(), strict=True):
+        assert [vars(one).get(flag) for flag in flags] == [vars(other).get(flag) for flag in flags] and "_fused" not in vars(one)
+
+
+class SharedDown(nn.Module):
+    """Two blocks whose neurons write along the same vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = x + self.down(torch.relu(self.one(x)))
+        return x + self.down(torch.relu(self.two(x)))
+
+
+def test_a_map_that_another_block_shares_is_not_replaced():
+    model, x = SharedDown(), torch.randn(4, 6)
+    block = blocks(cl.trace(model, x))["two"]
+    with pytest.raises(cl.CircuitlabError, match=r"down.weight is not the weight of a module that does this map alone"):
+        to_moe(model, {block.wire: SimpleNamespace(labels=torch.arange(8) % 2, ffn=block, k=2)}, top_k=1)

@@ -562,3 +562,9 @@ def test_experts_of_transformers(family, implementation):
         assert stats[name].n == len(hidden)
         assert torch.equal(stats[name].firing, (hidden.abs() > 0.05).sum(0)), e
         assert torch.allclose(stats[name].mean, hidden.double().mean(0), atol=1e-5)
+
+
+def test_what_a_recurrent_net_reads_is_no_hidden_wire():
+    """Its gates are no linear map of what it reads."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.GRU(5, 4, batch_first=True))
+    assert not blocks(cl.trace(model, X))

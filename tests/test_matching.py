@@ -476,3 +476,21 @@ def test_one_module_twice_and_other_heads_are_errors():
         cl.match(Headed(3), Headed(4), torch.randn(2, 5, 12))
     with pytest.raises(TypeError, match="restart"):
         cl.match(model, mlp(), X, restart=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_moves_in_single(dtype):
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype) for _ in range(2))
+    batches = [(torch.randn(9, 6).to(dtype), torch.arange(9) % 3)]
+    for method in ("sinkhorn", "straight-through"):
+        match = cl.match(a, b, method=method, batches=batches, loss="cross_entropy", steps=20, progress=False)
+        assert all(math.isfinite(value) for value in match.objective[0])
+        torch.testing.assert_close(match.apply(b)(batches[0][0]), b(batches[0][0]))
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "straight-through"])
+def test_a_loss_that_is_no_number_is_told(method):
+    a, b = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+    with pytest.raises(cl.CircuitlabError, match=r"the loss half-way between the models is nan"):
+        cl.match(a, b, method=method, batches=[torch.randn(4, 6)], loss=lambda output, batch: output.sum() * math.nan, steps=3, progress=False)

@@ -309,3 +309,45 @@ def test_experts_that_get_nothing_are_left_out():
     with pytest.warns(UserWarning, match=r"no position was sent to .*\[1\], .*\[2\]"):
         found = observe(model, [torch.randint(0, 20, (4, 6))])
     assert [name[-3:] for name in found] == ["[0]"]
+
+
+class Tied(nn.Module):
+    """Two blocks of one square matrix, which the second one writes by as well, and one hidden wire."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b, self.out, self.end = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8)), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def layers(self, x):
+        first = torch.relu(nn.functional.linear(x, self.w, self.b))
+        second = torch.relu(nn.functional.linear(self.out(first), self.w))
+        return first, second, self.end(nn.functional.linear(second, self.w.t()))
+
+    def forward(self, x):
+        return self.layers(x)[-1]
+
+
+class SharedDown(Tied):
+    """Two blocks whose neurons write along the same vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def layers(self, x):
+        first = torch.relu(self.one(x))
+        x = x + self.down(first)
+        second = torch.relu(self.two(x))
+        return first, second, x + self.down(second)
+
+
+@pytest.mark.parametrize("make", [Tied, SharedDown])
+def test_blocks_that_share_weights_are_counted_apart(make):
+    torch.manual_seed(0)
+    model, batches = make(), [torch.randn(5, 8), torch.randn(3, 8)]
+    found = observe(model, batches, progress=False)
+    given = observe(model, batches, cl.trace(model, batches[0]).ffn.values(), progress=False)
+    wanted = [sum((h > 0).sum(0) for h in layer) for layer in list(zip(*map(model.layers, batches), strict=True))[:-1]]
+    for stats in (found, given):
+        assert [s.n for s in stats.values()] == [8] * len(wanted)
+        assert [s.firing.tolist() for s in stats.values()] == [counts.tolist() for counts in wanted]

@@ -275,3 +275,24 @@ def test_matrix_by_default_is_of_all_layers_with_gaps():
         stitching_matrix(a, b, batches_for(a), places_a=["0"], places_b=["2"], progress=False)
     with pytest.raises(InputError, match="show='err'"):
         found.plot("err")
+
+
+def test_outputs_are_those_of_the_second_network():
+    """Also those that are not made of what is stitched, and the stitched features themselves."""
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.mean, self.spread, self.back = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(3, 5)
+
+        def forward(self, x):
+            h = self.enter(x).tanh()
+            mean, spread = self.mean(h), self.spread(h)
+            return spread, {"mean": mean, "made": self.back(mean)}
+
+    torch.manual_seed(0)
+    a, b = Coder().double(), Coder().double()
+    batches = [torch.randn(9, 5).double()]
+    stitched = cl.stitch(a, b, "mean", "mean", batches, progress=False)
+    spread, rest = stitched(batches[0])
+    mean = stitched.stitch(a(batches[0])[1]["mean"])
+    torch.testing.assert_close((spread, rest["mean"], rest["made"]), (b(batches[0])[0], mean, b.back(mean)))

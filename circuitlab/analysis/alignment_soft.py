@@ -17,6 +17,7 @@ import torch
 from circuitlab.analysis import batches as walked
 from circuitlab.analysis.alignment import Alignment, Element, assigned, taken
 from circuitlab.analysis.alignment_arrays import State, axes_of, outer_first, pieces, terms, wired
+from circuitlab.analysis.states import single
 from circuitlab.analysis.symmetry import Symmetry
 from circuitlab.errors import InputError
 
@@ -83,7 +84,7 @@ def straight_through(symmetry: Symmetry, made: Alignment, state: State, model: t
     """Move a copy of A down the gradient of the loss half-way to B, permuted to be nearest to that copy."""
     steps, rate = options.steps or 100, options.rate or 0.01
     element = made.best([None, {}], None)[1]
-    latent = {name: a.detach().clone().requires_grad_() for name, (a, _) in state.items()}
+    latent = {name: single(a).detach().clone().requires_grad_() for name, (a, _) in state.items()}
     groups = [{"params": [values], "lr": rate * float(values.detach().abs().square().mean().sqrt())} for values in latent.values()]
     optimiser = torch.optim.Adam(groups, lr=rate)
     with walked.evaluated(model) as copied:
@@ -109,6 +110,9 @@ def straight_through(symmetry: Symmetry, made: Alignment, state: State, model: t
 
 def _give(leaves: Mapping[str, torch.Tensor], loss: Any, of: Mapping[str, torch.Tensor] | None = None) -> None:
     """Gradients for an optimiser, of a loss for tensors of the same names; no others are touched, as ``backward`` would."""
+    if not math.isfinite(float(loss.detach())):
+        raise InputError(f"the loss half-way between the models is {float(loss.detach())}, which has no gradient: try a smaller rate, or "
+                         "method='weights'")
     wanted = {name: values for name, values in (of or leaves).items() if values.requires_grad}
     try:
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
@@ -117,7 +121,7 @@ def _give(leaves: Mapping[str, torch.Tensor], loss: Any, of: Mapping[str, torch.
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(f"the loss has no gradient for the model's parameters ({error}); method='weights' and 'activations' need none") from error
     for name, grad in zip(wanted, grads, strict=True):
-        leaves[name].grad = grad
+        leaves[name].grad = None if grad is None else grad.to(leaves[name].dtype)
 
 
 def _kept(best: tuple[float, Element], history: list[float]) -> Found:

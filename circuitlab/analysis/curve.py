@@ -23,7 +23,7 @@ from circuitlab.analysis import batches as walked
 from circuitlab.analysis.correction import Reset, _norms
 from circuitlab.analysis.landscape import Path
 from circuitlab.analysis.results import Result
-from circuitlab.analysis.states import Combination, State, own_state, scratch, state_of
+from circuitlab.analysis.states import Combination, State, own_state, scratch, single, state_of
 from circuitlab.analysis.sweep import Sweep, Sweeper
 from circuitlab.errors import InputError
 from circuitlab.trace.guard import random_state
@@ -217,7 +217,7 @@ def _train(
     parameters = {name: tensor for name, tensor in copied.named_parameters() if name in wanted}
     if not parameters:
         raise InputError(f"{type(a).__name__} has no parameters that require gradients: there is nothing to train in a bend")
-    trained = [[bend[name] for name in parameters] for bend in bends]
+    trained = [[single(bend[name]) for name in parameters] for bend in bends]
     family = _family(a, b, bends)
     losses: list[float] = []
     chance = np.random.default_rng(seed)
@@ -242,9 +242,13 @@ def _train(
                 gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
                 for bend, share in zip(trained, shares[1:-1], strict=True):
                     for tensor, gradient in zip(bend, gradients, strict=True):
-                        tensor.grad = None if gradient is None else gradient * share
+                        tensor.grad = None if gradient is None else gradient.to(tensor.dtype) * share
                 optimizer.step()
                 schedule.step()
+                for bend, moved in zip(bends, trained, strict=True):
+                    for name, tensor in zip(parameters, moved, strict=True):
+                        if tensor is not bend[name]:
+                            bend[name].copy_(tensor)
                 if seen is not None:
                     seen(step, losses[-1])
         except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -292,6 +292,10 @@ def to_moe(model: nn.Module, partitions: Mapping[str, Any], top_k: float | Mappi
         members = members_of(part.labels)
         count = top_k[wire] if isinstance(top_k, Mapping) else top_k
         _convert(made, block, members, _number(count, len(members), wire), selection)
+    for module, name in _fused(made):
+        if any(isinstance(inner, _ExpertMap) for inner in module.modules()):
+            vars(module).setdefault("_fused", vars(module)[name])
+            vars(module)[name] = False
     made.to_dense = functools.partial(to_dense, made)  # type: ignore[assignment]
     return made
 
@@ -303,7 +307,17 @@ def to_dense(moe: nn.Module) -> nn.Module:
     for path, module in list(made.named_modules()):
         if isinstance(module, (KeyMap, ValueMap)):
             _put(made, path, module.dense().train(module.training))
+    for module, name in _fused(made):
+        vars(module)[name] = vars(module).pop("_fused", vars(module)[name])
     return made
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules of torch that in eval mode read the weights of those within them, which are not called then; and what decides it."""
+    for module in model.modules():
+        for kind, name in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor")):
+            if isinstance(module, kind) and name in vars(module):
+                yield module, name
 
 
 def block_of(wire: str, part: Any, model: nn.Module) -> FeedForward:

@@ -9,7 +9,6 @@ act on, and that linear maps contract: ``FFN(x) = Σ_j act(x·K_j + b_j) V_j + c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from circuitlab.analysis.hidden import Region
 from circuitlab.analysis.maps import Maps, NoMapError, Weight
@@ -84,7 +83,8 @@ def ffn(circuit: Circuit) -> dict[str, Wire]:
 def blocks(circuit: Circuit) -> dict[str, FeedForward]:
     """Module path -> `FeedForward`, as `ffn`."""
     maps = Maps(circuit)
-    found: dict[Any, FeedForward] = {}
+    found: list[FeedForward] = []
+    mine: list[tuple[set[str], set[str]]] = []  # the ops of each: into the wire, and out of it
     for op in circuit.ops:
         for axis in op.axes:
             data = maps.multiplied(op, axis) if axis.role == "contracted" else None
@@ -94,18 +94,33 @@ def blocks(circuit: Circuit) -> dict[str, FeedForward]:
                 block = _block(Region(maps, op, axis, data))
             except NoMapError:
                 continue
-            same = tuple(sorted({w.parameter + str(w.rows) for w in (*block.keys, *block.gates)}))
-            found[same] = _together(found[same], block) if same in found else block
-    paths = [block.path for block in found.values()]
+            at = next((n for n, known in enumerate(found) if _again(known, block, mine[n][0])), len(found))
+            if at == len(found):
+                found.append(block)
+                mine.append((set(), set()))
+            else:
+                found[at] = _together(found[at], block)
+            mine[at][0].update(weight.op for weight in (*block.keys, *block.gates))
+            mine[at][1].update(value.op for value in block.values)
+    paths, wires = [block.path for block in found], [block.wire for block in found]
     named: dict[str, FeedForward] = {}
-    for block in found.values():
+    for block, (into, out) in zip(found, mine, strict=True):
         path = block.path
         if paths.count(path) > 1:
             path = maps.module_of(block.keys[0].op)
         if path in named:
-            path = block.wire
-        named[path] = replace(block, path=path)
+            path = block.wire if wires.count(block.wire) == 1 else f"{path}#{len(named) + 1}"
+        keys, gates = (tuple(maps.shared(weight, into, 0) for weight in some) for some in (block.keys, block.gates))
+        values = tuple(maps.shared(value, out, block.size) for value in block.values)
+        named[path] = replace(block, path=path, keys=keys, gates=gates, values=values)
     return named
+
+
+def _again(known: FeedForward, block: FeedForward, ops: set[str]) -> bool:
+    """Whether a block is one that is known: another map that reads its values, or a further call of its maps."""
+    one, two = ({w.parameter + str(w.rows) for w in (*some.keys, *some.gates)} for some in (known, block))
+    return one == two and (block.values[0].parameter in [value.parameter for value in known.values]
+                           or any(w.op in ops for w in (*block.keys, *block.gates)))
 
 
 def _block(region: Region) -> FeedForward:

@@ -42,6 +42,8 @@ class Weight:
         along: the dimension of the parameter that counts them, None if there is not one; `dim` if they lie there one after another.
         by: what picks one of them in that op: a number, or the name of the tensor of numbers (of the ends of their rows for a
             grouped product); "all" if it takes all in their order, "" if that is not known.
+        calls: for each op of the run that applies fn to the parameter, whether it is for this block: another block may share
+            the parameter, as tied weights do. () if all are.
     """
 
     parameter: str
@@ -58,6 +60,7 @@ class Weight:
     stacked: int = 1
     along: int | None = None
     by: str = ""
+    calls: tuple[bool, ...] = ()
 
     def of(self, tensor: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """The neurons' rows of the parameter, of shape (neurons, what else the parameter has); those of one expert where many are stacked."""
@@ -174,7 +177,7 @@ class Maps:
         """
         slots = {place[0] for place in axis.ins}
         summed = [{place[0] for place in a.ins} for a in op.axes if a.role == "contracted" and a is not axis]
-        if any(a.role in ("windowed", "opaque") for a in op.axes) or (not others and any(not also > slots for also in summed)):
+        if op.kind == "scan" or any(a.role in ("windowed", "opaque") for a in op.axes) or (not others and any(not also > slots for also in summed)):
             return None
         data = [slot for slot in slots if op.inputs[slot] not in self.roots]
         if len(data) == 2:
@@ -222,6 +225,21 @@ class Maps:
                 along[0] if len(along) == 1 else None)
             return found if found.along is None else replace(found, by=self._by(op, name, root, before or tensor.dims[found.along]))
         raise NoMapError
+
+    def shared(self, weight: Weight, mine: set[str], size: int) -> Weight:
+        """The same with which ops it is for, and without a module if that is not for these alone: see `Weight`.
+
+        Args:
+            mine: names of the ops that apply it for the block. size: entries that it is summed over, 0 for any number.
+        """
+        calls: list[bool] = []
+        for op in self.circuit.ops:
+            if op.fn == weight.fn and any(weight.parameter in self.sources(name) for name in op.inputs):
+                name = op.inputs[weight.operand] if len(op.inputs) > weight.operand else ""
+                shape = self.circuit.tensor(name).shape if name and not self.fixed(name) else ()
+                if len(shape) >= -weight.axis and size in (0, shape[weight.axis]):
+                    calls.append(op.name in mine)
+        return weight if all(calls) else replace(weight, module=None, calls=tuple(calls))
 
     def _kept(self, name: str, root: str, wires: tuple[str, ...]) -> bool:
         """Whether what is computed of a parameter has, for each index of these wires, what comes of the entry at its place."""

@@ -18,6 +18,7 @@ from circuitlab.analysis.null import Cofiring, Evidence, Given, Keys, Networks, 
 from circuitlab.analysis.results import Result
 from circuitlab.analysis.spectral import Bipartite
 from circuitlab.errors import InputError
+from circuitlab.trace.guard import random_state
 
 METHODS = ("coactivation", "keys", "hierarchy", "spectral", "interaction", "random")
 LEVEL = 0.05
@@ -194,7 +195,7 @@ def partition(
     k = balanced.default_count(n) if k is None and method in ("keys", "random") else k
     draws = (39 if n < 512 else 19) if controls is None else controls
     how = _method(method, k)
-    with _Bar(progress, method) as bar:
+    with random_state(), _Bar(progress, method) as bar:
         if method == "hierarchy" and k is None:
             labels = hierarchy.bottom(evidence, seed, report=bar.step)
             first = communities.leiden(weights, seed)

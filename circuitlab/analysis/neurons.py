@@ -161,7 +161,8 @@ def observe(
     Returns:
         wire name -> `NeuronStats`, on the CPU. Where one parameter holds all experts of a mixture, each expert has its own, under
         the wire's name and its number, as in "f[3]": of the positions that were sent to it. Experts that got none are left out,
-        and where each is a module of its own, without wires=, those that the first batch does not reach.
+        and where each is a module of its own, without wires=, those that the first batch does not reach. Where tied weights
+        make one wire of several blocks, those after the first stand under their paths.
 
     Raises:
         InputError: a wire that is no feed-forward block's, batches that are empty or can be walked only once, labels
@@ -234,13 +235,13 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bo
         asked: list[Wire | str] = list(found)
     else:
         asked = [wires] if isinstance(wires, (str, Wire)) else list(wires)
-    by_places = {frozenset(circuit.wires[block.wire].places): block for block in found.values()}
-    by_name = {block.wire: block for block in found.values()} | found
     chosen: dict[str, FeedForward] = {}
     left: list[str] = []
-    for wire in asked:
-        block = by_places.get(frozenset(wire.places)) if isinstance(wire, Wire) and wire.places else by_name.get(
-            wire.name if isinstance(wire, Wire) else wire)
+    for number, wire in enumerate(asked):
+        name, places = (wire.name, wire.places) if isinstance(wire, Wire) else (wire, ())
+        same = [block for block in found.values() if (circuit.wires[block.wire].places == places if places else block.wire == name)]
+        # tied weights make one wire of several blocks: each time that it is given, it is the next one's
+        block = found[name] if isinstance(wire, str) and name in found else same[min(asked[:number].count(wire), len(same) - 1)] if same else None
         if block is None:
             what = repr(wire.name if isinstance(wire, Wire) else wire)
             has = f"those of {type(circuit).__name__} {circuit.title} are {', '.join(b.wire for b in found.values())}" if found else (
@@ -250,7 +251,8 @@ def _chosen(circuit: Circuit, wires: Iterable[Wire | str] | None, *, stacked: bo
             left.append(f"{block.wire} is left out: neuron j of its {block.stacked} experts, which share one parameter, is "
                         f"another in each ({block.values[0].parameter})")
             continue
-        chosen[wire.name if isinstance(wire, Wire) else block.wire] = block
+        key = wire.name if isinstance(wire, Wire) else block.wire
+        chosen[block.path if key in chosen and chosen[key] != block else key] = block
     if left and not chosen:
         raise InputError("; ".join(left))
     for why in left:

@@ -195,10 +195,15 @@ def merge(
     return made
 
 
+def single(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in single precision at least: what an optimiser moves by small steps is lost in half precision, or NaN."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def scratch(model: torch.nn.Module) -> torch.nn.Module:
     """A copy that shares nothing with the model, in the same mode."""
     copied: Any = copy_model(model, (), convert=own)[0]
     return copied
 
 
-__all__ = ["Combination", "State", "alike", "device_of", "merge", "own_state", "scratch", "state_of", "within"]
+__all__ = ["Combination", "State", "alike", "device_of", "merge", "own_state", "scratch", "single", "state_of", "within"]

@@ -81,7 +81,8 @@ class Stitched(nn.Module):
     """The front of one network, a `Stitch`, and the back of another. It takes the first one's inputs.
 
     Front and back are compiled from the circuits of the two in eval mode, and share nothing with them. What the back needs
-    besides the stitched features (masks, paths around the place) it computes from the inputs, as the second network does.
+    besides the stitched features (masks, paths around the place, other outputs) it computes from the inputs, as the second
+    network does.
 
     Attributes:
         front, stitch, back: the parts.
@@ -196,7 +197,7 @@ class Side:
 
     def back(self, place: Place) -> Compiled:
         """A module of the model's outputs from the features at a place, and some of its inputs."""
-        return Compiled(after(self.circuit, place.tensor), self.model)
+        return Compiled(after(self.circuit, place.tensor, whole=True), self.model)
 
     def run(self, front: Compiled, batch: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What a front gives of a batch, and the inputs in it."""

@@ -27,6 +27,8 @@ Origin = tuple[torch.Tensor, int]
 Expert = int | torch.Tensor | None
 """Number of the expert that values belong to, or of each position's; None if that is not known."""
 
+_BY_FIRST = frozenset("__getitem__ index_select gather take_along_dim to type_as view_as reshape_as expand_as".split())
+"""Functions whose other operands choose entries, a type or a shape."""
 _CASTS = frozenset("to float half bfloat16 double type type_as contiguous clone cpu cuda".split())
 _KEEPS_ROWS = frozenset("to float half bfloat16 type contiguous clone detach dropout mul mul_ masked_fill masked_fill_".split())
 _VIEWS_ROWS = frozenset("view reshape flatten unsqueeze squeeze".split())
@@ -90,17 +92,22 @@ class Tap(TorchFunctionMode):
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.put: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.changed: set[str] = set()
+        self.counted: dict[tuple[str, int], int] = {}
         self.origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.expert: Expert = None
         self.origin: Origin | None = None
         named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         self.fixed = frozenset(map(id, named.values()))
+        self.learned: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+        for tensor in (*named.values(), *held):
+            self.learned[tensor] = True
         for wire, block in blocks.items():
             for weights, size, function in ((block.values, block.size, visit), (block.first[:1], 0, enter)):
                 for number, weight in enumerate(weights if function is not None else ()):
                     tensor = named[weight.parameter]  # the first is visited: all read the same
-                    held = self.known.get(tensor) or _Held((), _stack(tensor, weight.stacked) if weight.along == 0 else None)
-                    self.known[tensor] = replace(held, readers=(*held.readers, (wire, weight, size, None if number else function)))
+                    known = self.known.get(tensor) or _Held((), _stack(tensor, weight.stacked) if weight.along == 0 else None)
+                    self.known[tensor] = replace(known, readers=(*known.readers, (wire, weight, size, None if number else function)))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,17 +116,23 @@ class Tap(TorchFunctionMode):
         tensors = _tensors(args, kwargs)
         weights = next((tensor for tensor in tensors if tensor in self.known), None)
         name, met = getattr(func, "__name__", ""), False
+        learned = bool(tensors) and all(tensor in self.learned for tensor in tensors[: 1 if name in _BY_FIRST else None])
         if weights is None:
             result = func(*args, **kwargs)
             self._follow(name, args, kwargs, tensors, result)
+            for made in _tensors((result,), {}) if learned else ():
+                self.learned[made] = True
             return result
         held: _Held = self.known[weights]
         for wire, weight, size, function in held.readers:
-            if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.known:
+            if name != weight.fn or weight.operand >= len(tensors) or tensors[weight.operand] in self.learned:
                 continue
             values = tensors[weight.operand]
             if values.ndim >= -weight.axis and size in (0, values.shape[weight.axis]):
                 met = True
+                number = self.counted[wire, id(weight)] = self.counted.get((wire, id(weight)), -1) + 1
+                if weight.calls and not weight.calls[number % len(weight.calls)]:
+                    continue
                 self.expert = _of_groups(tensors, values, weights, held) if "grouped_mm" in name else held.expert
                 self.origin = self.origins.get(values)
                 put = self._put(wire, weight, values, function)
@@ -127,9 +140,10 @@ class Tap(TorchFunctionMode):
                     args, kwargs = _replaced(args, kwargs, values, put)
                     tensors = _tensors(args, kwargs)
         result = func(*args, **kwargs)
-        if not met:
-            for made in _tensors((result,), {}):
-                if not any(made is tensor for tensor in tensors):
+        for made in _tensors((result,), {}) if learned else ():
+            if not any(made is tensor for tensor in tensors):
+                self.learned[made] = True
+                if not met:
                     self.known[made] = _derived(held, name, args, made)  # a cast or a view of the parameter, or one expert of many
         return result
 
