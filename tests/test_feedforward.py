@@ -171,6 +171,9 @@ NONE = {
     "padded by nothing": Calls(lambda m, x: m.b(F.pad(m.a(x), (0, 0, 0, 0))), **PAIR),
     "sum over one position": Calls(lambda m, x: m.b(m.a(x[:, None]).softmax(1).sum(1)), **PAIR),
     "norm between": Calls(lambda m, x: m.b(m.n(F.relu(m.a(x)))), n=nn.LayerNorm(16), **PAIR),
+    "product of two positions": Calls(lambda m, x: m.b(m.a(x)[:2] * m.a(x)[2:4]), **PAIR),
+    "product of two halves": Calls(lambda m, x: (lambda h: m.b(F.relu(h[:2]) * h[2:4]))(m.a(x)), **PAIR),
+    "product of two steps": Calls(lambda m, x: (lambda h: m.b(h[:, 0] * torch.sigmoid(h[:, 1])))(m.a(x[:4].view(2, 2, 6))), **PAIR),
     "neurons in another order": Calls(lambda m, x: m.b(F.relu(F.linear(x, m.a.weight.flip(0)))), **PAIR),
     "values in another order": Calls(lambda m, x: F.linear(F.relu(m.a(x)), m.b.weight.roll(1, 1)), **PAIR),
 }

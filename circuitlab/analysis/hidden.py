@@ -13,7 +13,7 @@ import torch
 
 from circuitlab.analysis.maps import ALL, Maps, NoMapError, Pick, Weight
 from circuitlab.analysis.views import NoViewError, view
-from circuitlab.circuit import Axis, Op, Tensor
+from circuitlab.circuit import Axis, Dims, Op, Tensor
 
 _LINEAR = frozenset(
     "add add_ sub sub_ rsub neg negative dropout dropout1d dropout2d alpha_dropout to float half bfloat16 double type type_as "
@@ -73,6 +73,7 @@ class Region:
         self.scales: dict[str, None] = {}
         self.biases: dict[str, tuple[str, Pick | None]] = {}
         self.rows: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.taken: dict[Dims, tuple[str, int]] = {}
         self.group: dict[str, str] = {}
         self.activated: list[tuple[str, tuple[str, ...]]] = []
         self.positions = tuple(dim for n, dim in enumerate(hidden.dims) if n != where[0][1])
@@ -228,6 +229,8 @@ class Region:
         found = [(maker, [*between, op]) for inner in flowing for maker, between in self._cut(inner)]
         if not 0 < len(found) < 16:
             raise NoMapError
+        if op.kind == "index" and not any(a.wire in self.maps.made(maker) for a in op.axes if a.ins and not a.passes for maker, _ in found):
+            self._taken(op, tensor, flowing[0].dims)
         for name in (name for name in op.inputs if op.kind == "elementwise" and self.maps.fixed(name)):
             wires = next((dim for dim in self.circuit.tensor(found[0][0].outputs[0]).dims if set(dim) & self.maps.made(found[0][0])), ())
             self._held(name, found[0][0].name if op.fn in ("add", "add_") else "", wires)
@@ -243,8 +246,17 @@ class Region:
             apart = [(one, two) if op.kind == "slice" else (two, one) for one, two in zip(inner.dims, tensor.dims, strict=True) if one != two]
             if len(apart) == 1 and not any(wire == self.wire or self._part(wire) for dim in apart[0] for wire in dim):
                 whole, part = apart[0]
-                found += [inner] if (self.rows.setdefault(whole, part) if op.kind == "slice" else self.rows.get(whole)) == part else []
+                if op.kind == "slice":
+                    self._taken(op, tensor, (whole,))
+                    self.rows[whole] = part
+                found += [inner] if self.rows.get(whole) == part else []
         return found[0] if len(found) == 1 else None
+
+    def _taken(self, op: Op, tensor: Tensor, whole: Dims) -> None:
+        """Note which of some positions are taken: the neurons at others may not be joined with those here."""
+        how = (op.call, op.outputs.index(tensor.name))
+        if self.taken.setdefault(whole, how) != how:
+            raise NoMapError
 
     def _source(self, tensor: Tensor, makers: list[tuple[Op, list[Op]]], half: int = 0) -> _Piece:
         """What linear maps make, alone or, all of them, added; of a gated linear unit the first half, or the second."""
