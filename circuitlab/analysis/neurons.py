@@ -169,9 +169,6 @@ def observe(
             of another length, values that are not finite, or a wire on which no neuron ever fires.
     """
     walked.check(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("batches is empty: there is nothing to run the model on")
     with walked.evaluated(model) as copied:
         device = walked.device_of(copied)
         chosen = _reached(copied, batches, wires, device)
@@ -179,11 +176,11 @@ def observe(
         counts = {name: _Count(block, copied, len(known.names), device, sample, seed) for name, block in _each(chosen).items()}
         skip = _resumed(counts, resume, known)
         _calibrate(counts, chosen, threshold, copied, batches, mask, device, progress)
-        seen, complete, met = skip, True, set[str]()
+        seen, complete, unmet = skip, True, set(chosen) - {_whole(name, chosen) for name, count in counts.items() if count.n}
         try:
             for number, batch in walked.walk(batches, device, what="observing neurons", progress=progress, skip=skip):
                 parts = run(copied, batch, chosen)
-                met |= {wire for wire in parts if parts[wire].hidden}
+                unmet -= {wire for wire in parts if parts[wire].hidden}
                 wanted, marks = _mask(mask, batch), known.of(number, batch, device)
                 for name, count in counts.items():
                     count.add(Rows(parts[_whole(name, chosen)], count.block, walked.examples(batch), wanted, marks, name), number)
@@ -191,10 +188,8 @@ def observe(
         except KeyboardInterrupt:
             complete = False
             warnings.warn(f"interrupted after {seen} batches: these are the statistics so far; go on with observe(..., resume=stats)")
-    met |= {_whole(name, chosen) for name, count in counts.items() if count.n}
-    if complete and met < set(chosen):
-        raise InputError(f"the values of {', '.join(wire for wire in chosen if wire not in met)} were met in no batch: no position reached them, or they are computed where "
-                         "functions of tensors cannot be watched one by one (torch.vmap)")
+    if complete and unmet:
+        raise InputError(f"the values of {', '.join(sorted(unmet))} were met in no batch: nothing reached them, or they are mapped (torch.vmap)")
     empty = [name for name, count in counts.items() if count.block.expert is not None and not count.n]
     if empty:
         warnings.warn(f"left out: no position was sent to {', '.join(empty)}")
@@ -211,9 +206,7 @@ def _traced(model: torch.nn.Module, batch: Any) -> Circuit:
     return trace(model, *args, **kwargs)
 
 
-def _reached(
-    model: torch.nn.Module, batches: Any, wires: Iterable[Wire | str] | None, device: torch.device
-) -> dict[str, FeedForward]:
+def _reached(model: torch.nn.Module, batches: Any, wires: Iterable[Wire | str] | None, device: torch.device) -> dict[str, FeedForward]:
     """Wire name -> block, of the first batch; where what runs depends on the data, of the first of some that reaches all that are asked for."""
     wanted = wires if wires is None or isinstance(wires, (str, Wire)) else list(wires)
     missed: InputError | None = None
@@ -225,6 +218,8 @@ def _reached(
             if circuit.device == "meta" or wanted is None:
                 raise
             missed = missed or error
+    if missed is None:
+        raise InputError("batches is empty: there is nothing to run the model on")
     raise InputError(f"{missed}; or it depends on the data what runs, and none of the first batches reaches all that is asked for")
 
 

@@ -18,6 +18,8 @@ from circuitlab.analysis.feedforward import FeedForward
 from circuitlab.analysis.maps import Weight
 from circuitlab.errors import InputError
 
+_mapped: Callable[[Any], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+
 Visit = Callable[[str, torch.Tensor], torch.Tensor | None]
 """(wire, values with the neurons or inputs as last dimension) -> what to put in their place, or None to leave them."""
 
@@ -133,6 +135,9 @@ class Tap(TorchFunctionMode):
                 number = self.counted[wire, id(weight)] = self.counted.get((wire, id(weight)), -1) + 1
                 if weight.calls and not weight.calls[number % len(weight.calls)]:
                     continue
+                if _mapped(values) or _mapped(weights):
+                    raise InputError(f"the values of {wire} that {weight.parameter} reads are of one example of many (torch.vmap), and cannot "
+                                     "be told from the others; write the block for all examples at once")
                 self.expert = _of_groups(tensors, values, weights, held) if "grouped_mm" in name else held.expert
                 self.origin = self.origins.get(values)
                 put = self._put(wire, weight, values, function)
@@ -190,15 +195,18 @@ def _derived(held: _Held, name: str, args: tuple[Any, ...], made: torch.Tensor) 
     source = next((arg for arg in args if isinstance(arg, torch.Tensor)), made)
     if held.stack is None or held.expert is not None:
         return held
+    if _mapped(made):
+        return replace(held, stack=None)
     if made.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
         return held.viewed(made)
-    whole = source.ndim > 0 and source.shape[0] % held.stack[2] == 0
-    if whole and name in _CASTS and made.shape == source.shape:
+    if _stack(source, held.stack[2]) != held.stack:  # a part of it, or turned
+        return replace(held, stack=None)
+    if name in _CASTS and made.shape == source.shape:
         return replace(held, stack=_stack(made, held.stack[2]))
     index: Any = args[1] if name == "__getitem__" else args[2] if name == "index_select" and len(args) > 2 and args[1] == 0 else None
     items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     numbers = [item for item in items if isinstance(item, torch.Tensor) and item.dtype in (torch.int64, torch.int32)]
-    if len(numbers) == 1 and numbers[0] is items[0] and source.shape[:1] == held.stack[2:]:
+    if len(numbers) == 1 and numbers[0] is items[0] and len(source) == held.stack[2]:
         return replace(held, expert=numbers[0] % held.stack[2])
     return replace(held, stack=None)
 
