@@ -164,10 +164,7 @@ def observe(
         InputError: a wire that is no feed-forward block's, batches that are empty or can be walked only once, labels
             of another length, values that are not finite, or a wire on which no neuron ever fires.
     """
-    walked.check(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("batches is empty: there is nothing to run the model on")
+    first = walked.first(batches)
     with walked.evaluated(model) as copied:
         device = walked.device_of(copied)
         circuit = _traced(copied, walked.to_device(first, device))
