@@ -107,3 +107,13 @@ def test_bad_input(setting, options, message):
     with pytest.raises(cl.CircuitlabError, match=message):
         cl.expert_curve(model, parts, **({"batches": [(x, y)], "loss": "mse"} | options))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_one_of_stacked_experts_is_refused():
+    from tests.test_neurons import Experts
+
+    model, ids = Experts(False), torch.randint(0, 20, (12, 7))
+    name, stats = next(iter(cl.observe(model, [ids], progress=False).items()))
+    part = cl.partition(stats, "keys", k=2, controls=0, progress=False)
+    with pytest.raises(cl.CircuitlabError, match=r"experts in one parameter"):
+        cl.expert_curve(model, {name: part}, [ids], lambda out, batch: out.mean(), progress=False)

@@ -223,3 +223,40 @@ def test_functions_of_torch_that_another_tool_has_wrapped_are_seen(monkeypatch):
     assert seen.symmetry().wires == plain.symmetry().wires
     assert seen.verify(model, x).ok
     assert seen.to_torch(model).code == plain.to_torch(model).code
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+THIRD = net()
+ANALYSES = {
+    "match": lambda a, b, batches: cl.match(a, b, method="activations", batches=batches, progress=False),
+    "straight-through": lambda a, b, batches: cl.match(a, b, method="straight-through", batches=batches, loss="cross_entropy", steps=3, progress=False),
+    "interpolate": lambda a, b, batches: cl.interpolate(a, b, batches, "cross_entropy", points=3, progress=False),
+    "repair": lambda a, b, batches: cl.interpolate(a, b, batches, "cross_entropy", points=3, correct="repair", progress=False),
+    "plane": lambda a, b, batches: cl.plane(a, b, THIRD, batches, "cross_entropy", grid=(2, 2), progress=False),
+    "curve": lambda a, b, batches: cl.curve(a, b, batches, "cross_entropy", steps=2, points=2, progress=False),
+    "ridge": lambda a, b, batches: cl.ridge(a, b, batches, "cross_entropy", points=5, progress=False),
+    "observe": lambda a, b, batches: cl.observe(a, batches, progress=False),
+    "stitch": lambda a, b, batches: cl.stitch(a, b, "1", "1", batches, loss="cross_entropy", progress=False),
+}
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_analyses_leave_random_state_also_when_a_loader_draws(name):
+    a, b = net(), net()
+    loader = torch.utils.data.DataLoader([(torch.randn(6), n % 3) for n in range(8)], 4, shuffle=True)
+    before = snapshot(a), snapshot(b)
+    ANALYSES[name](a, b, loader)
+    assert same((snapshot(a), snapshot(b)), before)
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_a_batch_that_does_not_fit_is_told(name):
+    a, b = net(), net()
+    good, bad = (torch.randn(5, 6), torch.arange(5) % 3), (torch.randn(5, 4), torch.arange(5) % 3)
+    before = snapshot(a), snapshot(b)
+    with pytest.raises(cl.CircuitlabError, match=r"does not run on a batch: .*\nthe batch is a tuple of \S+ \[5, 4\] float"):
+        ANALYSES[name](a, b, [good, bad])
+    assert same((snapshot(a), snapshot(b)), before)

@@ -494,3 +494,13 @@ def test_a_loss_that_is_no_number_is_told(method):
     a, b = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
     with pytest.raises(cl.CircuitlabError, match=r"the loss half-way between the models is nan"):
         cl.match(a, b, method=method, batches=[torch.randn(4, 6)], loss=lambda output, batch: output.sum() * math.nan, steps=3, progress=False)
+
+
+def test_a_batch_of_one_example_is_left_out_where_batchnorm_takes_its_statistics():
+    a, b = (nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval() for _ in range(2))
+    x = torch.randn(9, 6)
+    found = [cl.match(a, b, method="straight-through", batches=batches, loss=lambda out, batch: out.square().mean(), steps=4, progress=False)
+             for batches in ([x[:1], x[1:]], [x[1:]])]
+    assert found[0].objective == found[1].objective
+    with pytest.raises(cl.CircuitlabError, match="no batch has 2 examples"):
+        cl.match(a, b, method="straight-through", batches=[x[:1]], loss=lambda out, batch: out.square().mean(), progress=False)

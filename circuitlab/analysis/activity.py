@@ -157,6 +157,6 @@ def _shares(model: torch.nn.Module, partitions: Mapping[str, Any], batch: Any) -
         found[wire] = sums / sums.sum(2, keepdim=True).clamp(min=1e-300)
 
     args, kwargs = walked.inputs_of(model, batch)
-    with Tap(model, blocks, visit):
+    with walked.running(model, batch), Tap(model, blocks, visit):
         model(*args, **kwargs)
     return cast("dict[str, torch.Tensor]", {wire: found[wire] for wire in partitions})

@@ -186,5 +186,6 @@ def _positions(values: torch.Tensor, products: tuple[tuple[int, ...], ...]) -> t
 
 def _read(model: torch.nn.Module, args: Any, kwargs: Any, plan: Any) -> dict[tuple[str, str], torch.Tensor]:
     reader = type("Reader", (_Reader,), {"plan": plan, "held": {}})
-    record(model, args, kwargs, meta=False, recorder_class=reader)
+    with walked.running(model, (*args, kwargs) if kwargs else args):
+        record(model, args, kwargs, meta=False, recorder_class=reader)
     return reader.held

@@ -150,23 +150,30 @@ class _Half:
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.train()
         self.device = walked.device_of(model)
+        self.least = 2 if any(module.training for module in model.modules()) else 1  # of one example there is no variance
         self.batches = options.batches
-        self.again = iter(self.batches)
-        self.first = [walked.to_device(batch, self.device) for batch in itertools.islice(self.batches, SEEN)]
+        self.again = self._walk()
+        self.first = [walked.to_device(batch, self.device) for batch in itertools.islice(self._walk(), SEEN)]
         if not self.first:
-            raise InputError("batches is empty: there is nothing to run the model on")
+            raise InputError("batches is empty: there is nothing to run the model on" if self.least == 1 else
+                             "no batch has 2 examples, which BatchNorm needs half-way between the models; give larger batches")
+
+    def _walk(self) -> Iterator[Any]:
+        return (batch for batch in self.batches if walked.examples(batch) >= self.least)
 
     def at(self, state: Mapping[str, torch.Tensor], batch: Any) -> torch.Tensor:
         """The loss on one batch."""
         args, kwargs = walked.inputs_of(self.model, batch)
         buffers = {name: state.get(name, buffer).detach().clone() for name, buffer in self.model.named_buffers()}
-        return self.loss(torch.func.functional_call(self.model, {**state, **buffers}, args, kwargs), batch)
+        with walked.running(self.model, batch):
+            output = torch.func.functional_call(self.model, {**state, **buffers}, args, kwargs)
+        return self.loss(output, batch)
 
     def next(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss on the next batch, from the first again after the last."""
         batch = next(self.again, None)
         if batch is None:
-            self.again = iter(self.batches)
+            self.again = self._walk()
             batch = next(self.again)
         return self.at(state, walked.to_device(batch, self.device))
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from circuitlab.errors import InputError
+from circuitlab.errors import CircuitlabError, InputError
 from circuitlab.trace.events import tensors_in
 from circuitlab.trace.guard import copy_model, random_state
 
@@ -32,6 +32,19 @@ def check(batches: Any) -> None:
         raise InputError(
             f"batches is a {type(batches).__name__}, which can be walked only once; give a list of batches, or a DataLoader"
         )
+
+
+def first(batches: Any) -> Any:
+    """The first batch. A DataLoader draws a seed to give it: random state is put back.
+
+    Raises:
+        InputError: there are none, or they cannot be walked again.
+    """
+    check(batches)
+    with random_state():
+        for batch in batches:
+            return batch
+    raise InputError("batches is empty: there is nothing to run the model on")
 
 
 def walk(batches: Any, device: torch.device, *, what: str, progress: bool, skip: int = 0) -> Iterator[tuple[int, Any]]:
@@ -83,6 +96,19 @@ def inputs_of(model: torch.nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
         items = tuple(cast("list[Any]", batch))
         return (items[:-1] if len(items) > 1 else items), {}
     return (batch,), {}
+
+
+@contextmanager
+def running(model: torch.nn.Module, batch: Any) -> Iterator[None]:
+    """While active, a model runs on a batch: what it raises then is an `InputError` that tells what it was given."""
+    try:
+        yield
+    except (CircuitlabError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        given = ", ".join(f"{path or 'a tensor'} {list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for path, t in tensors_in(batch, torch.Tensor))
+        raise InputError(f"{type(model).__name__} does not run on a batch: {type(error).__name__}: {error}\nthe batch is a {type(batch).__name__} "
+                         f"of {given or 'no tensors'}; it must be (inputs ..., target), a dict of what forward takes, or a tensor") from error
 
 
 def target_of(batch: Any) -> Any:
@@ -149,7 +175,8 @@ def mean_loss(
     measure, total, weight = loss_of(loss), 0.0, 0
     for _, batch in walk(batches, device_of(model), what=what, progress=progress):
         args, kwargs = inputs_of(model if like is None else like, batch)
-        output = model(*args, **kwargs)
+        with running(model, batch):
+            output = model(*args, **kwargs)
         n = weight_of(loss, batch, output)
         total, weight = total + float(measure(output, batch)) * n, weight + n
     return total / max(weight, 1)

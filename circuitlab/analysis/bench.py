@@ -91,7 +91,9 @@ class Bench:
 
     def _run(self, number: int) -> list[torch.Tensor]:
         args, kwargs = self.calls[number]
-        return self.work.measures(self.model(*args, **kwargs), self.work.batches[number])
+        with walked.running(self.model, self.work.batches[number]):
+            output = self.model(*args, **kwargs)
+        return self.work.measures(output, self.work.batches[number])
 
     def _seed(self, number: int) -> None:
         seed = self.work.seed + self.work.number + number

@@ -89,7 +89,8 @@ def _forward(model: nn.Module, batches: Any, least: int = 1) -> None:
     for batch in batches:
         if walked.examples(batch) >= least:
             args, kwargs = walked.inputs_of(model, walked.to_device(batch, device))
-            model(*args, **kwargs)
+            with walked.running(model, batch):
+                model(*args, **kwargs)
 
 
 # BatchNorm --------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ class Repair(Correction):
 
     def __init__(self, models: Sequence[nn.Module], family: Combination, batches: Any) -> None:
         super().__init__(family)
-        first = next(iter(batches))
+        first = walked.first(batches)
         args, kwargs = walked.inputs_of(models[0], first)
         self.layers = layers_of(trace(models[0], *args, **kwargs))
         moving = family.moving

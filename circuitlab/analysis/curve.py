@@ -233,7 +233,9 @@ def _train(
                 shares = weights(kind, len(bends), float(chance.random())).tolist()
                 family.write(target, shares)
                 args, kwargs = walked.inputs_of(copied, batch)
-                value = measure(copied(*args, **kwargs), batch)
+                with walked.running(copied, batch):
+                    output = copied(*args, **kwargs)
+                value = measure(output, batch)
                 losses.append(float(value.detach()))
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"training the curve: the loss is {losses[-1]} at step {step}; try a smaller lr than {lr}")

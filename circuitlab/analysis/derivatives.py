@@ -90,7 +90,7 @@ class Derivatives:
     def _runs_double(self, model: torch.nn.Module) -> bool:
         try:
             copied, _, _ = copy_model(model, (), convert=doubled)
-            batch = walked.mapped(walked.to_device(next(iter(self._batches())), self.device), _doubled)
+            batch = walked.mapped(walked.to_device(walked.first(self.given), self.device), _doubled)
             with random_state(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 args, kwargs = walked.inputs_of(copied, batch)
                 self.measure(copied.eval()(*args, **kwargs), batch)
@@ -126,7 +126,7 @@ class Derivatives:
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index or 0].manual_seed(self.seed + number)
             args, kwargs = walked.inputs_of(self.model, batch)
-            with self._moving_buffers():
+            with self._moving_buffers(), walked.running(self.model, batch):
                 output = self.model(*args, **kwargs)
             value = self.measure(output, batch)
             weight = walked.weight_of(self.loss, batch, output)

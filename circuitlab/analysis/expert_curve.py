@@ -130,7 +130,7 @@ def expert_curve(
         for number, batch in walked.walk(batches, device, what="loss against experts", progress=progress):
             args, kwargs = walked.inputs_of(copied, batch)
             for at, (part, way, share) in enumerate(plan):
-                with _Masked(copied, cuts.get(part, {}), way, share, seed + number):
+                with walked.running(copied, batch), _Masked(copied, cuts.get(part, {}), way, share, seed + number):
                     output = copied(*args, **kwargs)
                 if not at:
                     n = walked.weight_of(loss, batch, output)
@@ -143,6 +143,9 @@ def expert_curve(
 
 
 def _cut(model: torch.nn.Module, block: FeedForward, labels: Any) -> _Cut:
+    if block.stacked > 1:
+        raise InputError(f"{block.wire} is that of {block.stacked} experts in one parameter, {block.values[0].parameter}: the loss with a share of "
+                         "the neurons of each cannot be measured; leave this wire out")
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     first, value = block.first[0], block.values[0]
     keys = first.of(named[first.parameter].detach())

@@ -172,10 +172,7 @@ def interaction_basis(
         raise InputError(f"steps={steps} must be at least 1, controls={controls} at least 0, and tolerance={tolerance} from 0 to below 1")
     if controls and isinstance(wire_b, InteractionBasis):
         raise InputError("controls have a basis of the later wire of their own: give that wire, not its basis, or controls=0")
-    walked.check(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("batches is empty: there is nothing to run the model on")
+    first = walked.first(batches)
     with differentiable(model) as copied:
         with torch.no_grad():
             circuit = _traced(copied, walked.to_device(first, walked.device_of(copied)))

@@ -196,7 +196,7 @@ class Section:
 
         args, kwargs = walked.inputs_of(self.model, batch)
         targets = {self.target.wire: self.target} if self.target else {}
-        with Tap(self.model, {self.source.wire: self.source} | targets, visit):
+        with walked.running(self.model, batch), Tap(self.model, {self.source.wire: self.source} | targets, visit):
             result = self.model(*args, **kwargs)
         for wire, seen in ((self.source.wire, put), (self.target.wire if self.target else "", met)):
             if len(seen) > 1:

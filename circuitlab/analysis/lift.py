@@ -66,10 +66,7 @@ def cofiring_lift(
         InputError: fewer than two wires, a wire that was not observed, a partition of another wire, blocks that run on different
             positions, or too few positions.
     """
-    walked.check(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("batches is empty: there is nothing to run the model on")
+    first = walked.first(batches)
     device = walked.device_of(model)
     with walked.evaluated(model) as copied:
         first = walked.to_device(first, device)

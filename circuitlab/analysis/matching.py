@@ -147,7 +147,7 @@ def match(
     if batches is not None:
         walked.check(batches)
     if not inputs and batches is not None:
-        args, kwargs = walked.inputs_of(model_a, next(iter(batches), ()))
+        args, kwargs = walked.inputs_of(model_a, walked.first(batches))
     else:
         args, kwargs = inputs, {}
     symmetry = arrays.common(model_a, model_b, args, kwargs)

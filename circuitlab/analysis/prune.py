@@ -146,9 +146,7 @@ def prune_matrix(
         raise InputError("labels is missing: give what each example is about, one integer or string for each")
     if draws < 1:
         raise InputError(f"draws={draws} must be at least 1: without random sets beside it, a matrix says nothing")
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("batches is empty: there is nothing to run the model on")
+    first = walked.first(batches)
     measure, known, device = walked.loss_of(loss), Labels(labels, batches), walked.device_of(model)
     with walked.evaluated(model) as copied:
         blocks, grouped = _blocks(_traced(copied, walked.to_device(first, device)), _grouped(neurons))
@@ -195,7 +193,8 @@ class _Run:
         args, kwargs = walked.inputs_of(self.model, batch)
         torch.manual_seed(self.seed)  # what is drawn at random in a run is the same in all
         if masks is None:
-            output = self.model(*args, **kwargs)
+            with walked.running(self.model, batch):
+                output = self.model(*args, **kwargs)
         else:
             moved = {wire: mask.to(self.device) for wire, mask in masks.items()}
             reached: set[str] = set()
@@ -204,7 +203,7 @@ class _Run:
                 reached.add(wire)
                 return hidden.masked_fill(moved[wire], 0)
 
-            with Tap(self.model, {wire: self.blocks[wire] for wire in moved}, zero):
+            with walked.running(self.model, batch), Tap(self.model, {wire: self.blocks[wire] for wire in moved}, zero):
                 output = self.model(*args, **kwargs)
             if missed := sorted(set(moved) - reached):
                 raise InputError(f"{', '.join(missed)}: its values were not read by {self.blocks[missed[0]].values[0].parameter} in this run, "

@@ -47,7 +47,7 @@ def run(model: torch.nn.Module, batch: Any, blocks: Mapping[str, FeedForward]) -
         parts[wire].origins.append(tap.origin)
 
     args, kwargs = walked.inputs_of(model, batch)
-    with Tap(model, blocks, visit, enter) as tap:
+    with walked.running(model, batch), Tap(model, blocks, visit, enter) as tap:
         model(*args, **kwargs)
     return parts
 

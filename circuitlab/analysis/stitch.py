@@ -204,7 +204,8 @@ class Side:
         args, kwargs = walked.inputs_of(self.model, batch)
         given = front._bound(args, kwargs)
         inputs = [given[name] for name in front._inputs]
-        return front._outputs(*inputs), inputs
+        with walked.running(self.model, batch):
+            return front._outputs(*inputs), inputs
 
     def features(self, front: Compiled, places: Sequence[Place], batch: Any) -> list[torch.Tensor]:
         """The features at places, as last axis."""
@@ -267,9 +268,7 @@ def sides(model_a: nn.Module, model_b: nn.Module, batches: Any, ridge: float) ->
     walked.check(batches)
     if not (isinstance(ridge, (int, float)) and math.isfinite(ridge) and ridge >= 0):
         raise InputError(f"ridge={ridge!r} must be a number from 0")
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("batches is empty: there is nothing to run the models on")
+    first = walked.first(batches)
     devices = [walked.device_of(model) if isinstance(model, nn.Module) else None for model in (model_a, model_b)]
     if None not in devices and devices[0] != devices[1]:
         raise InputError(f"model_a is on {devices[0]} and model_b on {devices[1]}: move one to the other's device")

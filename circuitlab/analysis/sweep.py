@@ -219,7 +219,9 @@ class Sweeper:
         if not len(self.weights) and self.measures.needs_output(shard.batches[0]):
             copied = scratch(self.model).eval()
             args, kwargs = walked.inputs_of(copied, shard.batches[0])
-            self.measures.look(copied(*args, **kwargs), shard.batches[0])
+            with walked.running(copied, shard.batches[0]):
+                output = copied(*args, **kwargs)
+            self.measures.look(output, shard.batches[0])
         known = len(self.weights) - shard.number
         new = shard.batches[known:] if known >= 0 else []
         if not new:

@@ -106,7 +106,7 @@ def walk(path: Path, *, points: int = 11, layers: bool = True, depth: int = 1, p
     """The path as a view. See `Path.view`."""
     ends = path.ends
     model = ends.models[0]
-    args, kwargs = walked.inputs_of(model, walked.to_device(next(iter(ends.batches)), walked.device_of(model)))
+    args, kwargs = walked.inputs_of(model, walked.to_device(walked.first(ends.batches), walked.device_of(model)))
     circuit = trace(model, *args, **kwargs)
     collapsed = collapse(path.at, ends.batches, points, progress=progress)
     bars = layerwise(*ends.models, ends.batches, ends.loss, points=(0, 0.5, 1), progress=progress) if layers else None
