@@ -115,5 +115,5 @@ def test_one_of_stacked_experts_is_refused():
     model, ids = Experts(False), torch.randint(0, 20, (12, 7))
     name, stats = next(iter(cl.observe(model, [ids], progress=False).items()))
     part = cl.partition(stats, "keys", k=2, controls=0, progress=False)
-    with pytest.raises(cl.CircuitlabError, match=r"experts in one parameter"):
+    with pytest.raises(cl.CircuitlabError, match=r"experts that share the parameter"):
         cl.expert_curve(model, {name: part}, [ids], lambda out, batch: out.mean(), progress=False)
