@@ -143,9 +143,6 @@ def expert_curve(
 
 
 def _cut(model: torch.nn.Module, block: FeedForward, labels: Any) -> _Cut:
-    if block.stacked > 1:
-        raise InputError(f"{block.wire} is that of {block.stacked} experts in one parameter, {block.values[0].parameter}: the loss with a share of "
-                         "the neurons of each cannot be measured; leave this wire out")
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     first, value = block.first[0], block.values[0]
     keys = first.of(named[first.parameter].detach())
