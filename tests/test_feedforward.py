@@ -453,7 +453,7 @@ def test_experts_are_found_and_observed_one_by_one(form):
     assert torch.allclose(model(ROWS), model.meant(ROWS), atol=1e-5)
     found = blocks(cl.trace(model, ROWS))
     assert [b.stacked for b in found.values()] == ([1] * 4 if hasattr(model, "experts") else [4]) and all(b.told for b in found.values())
-    stats = cl.observe(model, [ROWS[:25], ROWS[25:]], labels=labels, progress=False)
+    stats = cl.observe(model, [ROWS[:25], ROWS[25:28], ROWS[28:]], labels=labels, progress=False)
     assert len(stats) == 4
     for e, (one, (sent, hidden)) in enumerate(zip(stats.values(), model.hidden(ROWS), strict=True)):
         fires = (hidden > 0).double()

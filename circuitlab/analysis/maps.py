@@ -233,6 +233,8 @@ class Maps:
             mine: names of the ops that apply it for the block. size: entries that it is summed over, 0 for any number.
         """
         calls: list[bool] = []
+        if weight.stacked > 1 and weight.by != ALL:  # how often it is applied depends on the data
+            return replace(weight, module=None)
         for op in self.circuit.ops:
             if op.fn == weight.fn and any(weight.parameter in self.sources(name) for name in op.inputs):
                 name = op.inputs[weight.operand] if len(op.inputs) > weight.operand else ""

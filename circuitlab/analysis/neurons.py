@@ -28,8 +28,7 @@ ROWS = 4096
 """Positions that are counted at once."""
 BLOCK = 2048
 """Neurons whose pairs with all later ones are counted at once."""
-TRIED = 8
-"""Batches that are tried for one that reaches all blocks that are asked for."""
+TRIED = 8  # batches, for one that reaches all blocks that are asked for
 CALIBRATION = 4096
 """Positions that the default threshold of a smooth activation is taken from."""
 BINS = tuple(sorted({2.0 ** (step / 4) for step in range(-64, 49)} | {1 - 2.0 ** (-step / 4) for step in range(8, 85)}))
@@ -159,10 +158,9 @@ def observe(
         progress: show a progress bar.
 
     Returns:
-        wire name -> `NeuronStats`, on the CPU. Where one parameter holds all experts of a mixture, each expert has its own, under
-        the wire's name and its number, as in "f[3]": of the positions that were sent to it. Experts that got none are left out,
-        and where each is a module of its own, without wires=, those that the first batch does not reach. Where tied weights
-        make one wire of several blocks, those after the first stand under their paths.
+        wire name -> `NeuronStats`, on the CPU. Where one parameter holds all experts, each has its own, as "f[3]", of the positions
+        that were sent to it. Experts that got none are left out, and where each is a module, without wires=, those that the first
+        batch does not reach. Where tied weights make one wire of several blocks, those after the first stand under their paths.
 
     Raises:
         InputError: a wire that is no feed-forward block's, batches that are empty or can be walked only once, labels
