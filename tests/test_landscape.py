@@ -205,6 +205,15 @@ def test_a_stopped_path_may_lack_its_ends():
             _alphas(points)
 
 
+def test_what_is_no_number_is_told(setting):
+    a, b, batches = setting
+    with pytest.raises(cl.CircuitlabError, match=r"refine=-1"):
+        cl.interpolate(a, b, batches, "cross_entropy", points=3, refine=-1)
+    for loss in (lambda output, batch: {"loss": output.mean()}, lambda output, batch: (output, output)):
+        with pytest.raises(cl.CircuitlabError, match=r"the loss gives a (dict|tuple); give the mean over the batch"):
+            cl.interpolate(a, b, batches, loss, points=3)
+
+
 def test_results_on_disk_in_frames_and_in_figures(setting, tmp_path):
     a, b, batches = setting
     path = cl.interpolate(a, b, batches, "cross_entropy", points=5, metrics="accuracy", test=batches[:1], layers={"4"})

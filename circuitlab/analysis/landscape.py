@@ -245,6 +245,8 @@ def interpolate(
             no numbers, a correction that cannot be done, or batches that are empty.
     """
     alphas = _alphas(points)
+    if not isinstance(refine, int) or refine < 0:
+        raise InputError(f"refine={refine!r}: give how many points more, a whole number from 0")
     walked.check(batches)
     family = Combination.of([model_a, model_b], layers, ["model_a", "model_b"])
     moving = None if layers is None else (layers,) if isinstance(layers, str) else tuple(sorted(layers))

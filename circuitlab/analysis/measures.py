@@ -79,7 +79,10 @@ def _named(metrics: Any) -> dict[str, Any]:
 
 
 def _scalar(value: Any, what: str, device: torch.device | None = None) -> torch.Tensor:
-    found = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.float64, device=device)
+    try:
+        found = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"the {what} gives a {type(value).__name__}; give the mean over the batch, a scalar") from None
     if found.numel() != 1:
         raise InputError(f"the {what} gives a tensor of shape {list(found.shape)}; give the mean over the batch, a scalar")
     found = found.detach() if found.requires_grad else found
