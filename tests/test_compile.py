@@ -196,3 +196,20 @@ def test_a_module_that_is_not_finite_in_float64_is_compared_as_it_is():
     report = cl.trace(model, x).verify(model, x)
     assert report.ok, report
     assert "compiled" in {claim.kind for claim in report.held}
+
+
+def test_operators_that_write_are_said_as_those_that_do_not():
+    class Masks(torch.nn.Module):
+        def forward(self, x):
+            a, b, n = x > 0, x < -1, (4 * x).long()
+            a |= b
+            a &= x < 2
+            a ^= x > 1
+            n <<= 2
+            return x * a, n
+
+    model, x = Masks(), torch.randn(3, 7)
+    circuit = cl.trace(model, x)
+    assert circuit.verify(model, x).ok
+    for got, meant in zip(circuit.to_torch(model)(x), model(x), strict=True):
+        assert torch.equal(got, meant)

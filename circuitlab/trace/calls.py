@@ -154,7 +154,10 @@ def _call(event: Event, base: str = "") -> str:
     if method == "property":
         return f"{base or '$0'}.{path}"
     written = method == "method" and bare != name and not hasattr(torch.Tensor, bare)
-    path = path.removesuffix("_") if bare != name and not written else path
+    if bare != name and path.startswith("__i"):  # a |= b
+        written, path = False, f"__{path[3:]}"
+    elif bare != name and not written:
+        path = path.removesuffix("_")
     texts = [*map(_literal, args), *(f"{key}={_literal(item)}" for key, item in kwargs.items())]
     if method == "method":
         whole = base or texts[0]
