@@ -123,13 +123,7 @@ def cut(circuit: Circuit, wire: Any, n: Any = None, *, keep: Any = "first") -> C
     stray = [name for name in chosen if name not in kept]
     if stray:
         raise InputError(f"cut: keep tells of the wire {stray[0]!r}, which is not cut; cut are {list(kept)}")
-    entries = _Entries(circuit.wires, kept)
-
-    def length(dim: tuple[str, ...]) -> int:
-        found = entries.product(dim)
-        return math.prod(circuit.wires[name].size for name in dim) if found is None else len(found)
-
-    return Cut(circuit, with_states(circuit, kept, length), _changes(circuit, kept))
+    return Cut(circuit, with_states(circuit, kept, _Entries(circuit.wires, kept).length), _changes(circuit, kept))
 
 
 def _named(circuit: Circuit, key: Any) -> Wire:
@@ -246,6 +240,11 @@ class _Entries:
             flat = (flat[:, None] * size + (np.arange(size) if entries is None else entries)).ravel()
         return flat
 
+    def length(self, names: tuple[str, ...]) -> int:
+        """How many entries are kept of a product of wires."""
+        found = self.product(names)
+        return math.prod(self.wires[name].size for name in names) if found is None else len(found)
+
     def tensor(self, tensor: Tensor) -> list[np.ndarray | None]:
         """For each dimension of an array the entries that are kept, None for all."""
         return [self.product(dim) for dim in tensor.dims]
@@ -282,7 +281,7 @@ class _Resized:
             (tensor, dim, factor, part and (_at(self.kept[tensor][dim], part[0]), _at(self.kept[tensor][dim], part[1])))
             for tensor, dim, factor, part in wire.places
         )
-        return replace(wire, size=wire.size if entries is None else len(entries), parts=parts, places=places)
+        return replace(wire, size=self.entries.length((wire.name,)), parts=parts, places=places)
 
     def _op(self, op: Op) -> Op:
         names = (*op.inputs, *op.outputs)
@@ -309,9 +308,8 @@ class _Resized:
             for name in self.whole.tensor(op.inputs[0]).dims[1]:
                 if groups == old:
                     break
-                entries = self.entries.wire(name)
                 groups *= self.whole.wires[name].size
-                made *= self.whole.wires[name].size if entries is None else len(entries)
+                made *= self.entries.length((name,))
             changed["groups"] = made
             return made
 
