@@ -1054,6 +1054,13 @@ def _(self, x):
     return y + F.pad(y, (0, 0, 1, 0))[:, :-1] + F.pad(y, (0, 0, 0, 1))[:, 1:]
 
 
+@style("delayed_beside_a_cache", x(2, 7, 8), a=linear(8, 4), b=linear(8, 4))
+def _(self, x):
+    last = F.pad(x.transpose(1, 2), (2, 0))[..., -2:]  # cuts the positions where the slice below is no part of them
+    delayed = torch.cat([self.a(x.new_zeros(2, 1, 8)), self.a(x)[:, :-1]], 1)
+    return torch.cat([self.b(x), delayed], -1), last
+
+
 @style("channel_shuffled", x(2, 6, 4, 4), a=lambda: nn.Conv2d(6, 6, 1, groups=3))
 def _(self, x):
     return F.channel_shuffle(self.a(x), 3)

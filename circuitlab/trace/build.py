@@ -75,7 +75,7 @@ def build(
     values = _used(recording, events)
     made = [(event, patterns[id(event)], _axes(event, patterns[id(event)])) for event in events]
     _drop_unused_indices(made)
-    atoms = _atoms(values, made)
+    atoms = _atoms(w, values, made)
     named = naming.name_wires(recording, atoms, made, given)
     dims_of = {id(v): tuple([tuple([named[id(a)].name for a in leaves(dim)]) for dim in v.dims]) for v in values}
     until = _until(recording, events)
@@ -162,7 +162,7 @@ def _drop_unused_indices(made: list[tuple[Event, Pattern, Axes]]) -> None:
                     axis.role = "reduced"
 
 
-def _atoms(values: list[Value], made: list[tuple[Event, Pattern, Axes]]) -> list[Atom]:
+def _atoms(w: Wires, values: list[Value], made: list[tuple[Event, Pattern, Axes]]) -> list[Atom]:
     """Every wire that occurs, parts of sums included, oldest first."""
     found: dict[int, Atom] = {}
     pending = [atom for value in values for dim in value.dims for atom in leaves(dim)]
@@ -171,6 +171,7 @@ def _atoms(values: list[Value], made: list[tuple[Event, Pattern, Axes]]) -> list
         atom = pending.pop()
         if id(atom) not in found:
             found[id(atom)] = atom
+            w.settle(atom)
             pending.extend(leaf for _, _, atoms in atom.parts for leaf in leaves(atoms))
     return sorted(found.values(), key=lambda atom: atom.index)
 

@@ -148,9 +148,10 @@ class Wires:
         for (_, _, atoms), piece in zip(whole.parts, pieces, strict=True):
             if list(leaves(atoms)) != list(leaves(piece)):
                 return None
-        # the same atoms twice (a rotated half united with the other) cannot tell their order apart
+        # the same atoms twice (a rotated half united with the other), or atoms as one with their neighbours, cannot tell
+        # their order
         flat = [atom for piece in pieces for atom in leaves(piece)]
-        return whole if len(set(map(id, flat))) == len(flat) else None
+        return whole if len(set(map(id, flat))) == len(flat) and not any(atom.smeared for atom in flat) else None
 
     # identity -----------------------------------------------------------------------------------------
 
@@ -313,6 +314,12 @@ class Wires:
             self._cut(atoms[0], stop)
         else:
             self.pick(atoms)
+
+    def settle(self, atom: Atom) -> None:
+        """Forget the parts of a sum where one of them is smeared: it may stand at another place of another sum."""
+        if any(leaf.smeared for _, _, inner in atom.parts for leaf in leaves(inner)):
+            self.pick([atom])
+            atom.parts = ()
 
     def pick(self, dim: Iterable[Atom]) -> None:
         """The order of these atoms matters, and that of their parts."""
