@@ -76,14 +76,15 @@ def hugging_face(config, model, **options):
     return getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
 
 
-def models():
-    tokens = torch.randint(0, 39, (4, 64))
+def models(more=1):
+    """Cases of many entries: of that many times the examples."""
+    tokens = torch.randint(0, 39, (4 * more, 64))
     plain = {"use_cache": False}
     yield "gpt", gpt.GPT(), (tokens,), {}
-    yield "unet", unet.UNet(), (torch.randn(2, 1, 64, 64),), {}
-    yield "resnet", resnet.IdentityBlock(16, 32, 2).eval(), (torch.randn(2, 16, 64, 64),), {}
-    yield "mlp", nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(inplace=True)), (torch.randn(32, 64),), {}
-    yield "transformer", nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 256, batch_first=True), 2), (torch.randn(4, 64, 64),), {}
+    yield "unet", unet.UNet(), (torch.randn(2 * more, 1, 64, 64),), {}
+    yield "resnet", resnet.IdentityBlock(16, 32, 2).eval(), (torch.randn(2 * more, 16, 64, 64),), {}
+    yield "mlp", nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(inplace=True)), (torch.randn(32 * more, 64),), {}
+    yield "transformer", nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 256, batch_first=True), 2), (torch.randn(4 * more, 64, 64),), {}
     yield "hf_gpt2", hugging_face("GPT2Config", "GPT2LMHeadModel"), (tokens,), plain
     yield "hf_llama", hugging_face("LlamaConfig", "LlamaForCausalLM", num_key_value_heads=2), (tokens,), plain
     yield "hf_bert", hugging_face("BertConfig", "BertModel"), (tokens,), {}

@@ -386,8 +386,7 @@ def _parts(circuit: Circuit, op: Op) -> Iterator[tuple[str, list[Spot], list[Spo
     for wire, (ins, outs) in found.items():
         if wire not in within or wire in pinned or circuit.wires[wire].parts or not ins or not outs:
             continue
-        if op.kind != "cat" or len(ins) == len(outs):  # else some copy of it was cut into single entries
-            yield wire, ins, outs
+        yield wire, ins, outs
 
 
 def product_of(circuit: Circuit, tensor: str, dim: int, part: Part) -> tuple[str, ...]:

@@ -348,6 +348,9 @@ class Wires:
             if not start < at < stop:
                 made.append((start, stop, atoms))
                 continue
+            inside = leaves(atoms or ())
+            if len(inside) == 1 and not inside[0].smeared:
+                self._cut(inside[0], at - start)  # it is cut wherever else it stands
             for begin, end in ((start, at), (at, stop)):
                 if atoms is None:  # type: ignore[comparison-overlap]
                     piece = self.new(end - begin, "part", whole, begin)

@@ -92,8 +92,6 @@ def largest():
 import torch, circuitlab as cl
 from tests.bench.memory import peak
 from circuitlab.gallery.llama import Llama
-from tests.bench.browser import frames
-from tests.ui.conftest import FLAGS
 with torch.device("meta"):
     model = Llama(128256, 16384, 128, 8, 126).eval()
 tokens = torch.zeros(1, 128, dtype=torch.long, device="meta")
