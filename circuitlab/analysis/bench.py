@@ -174,7 +174,10 @@ def choose(work: Work, points: Sequence[Weights]) -> str:
     ways = ["loop", "graph", *([f"vmap:{many}"] if many > 1 else [])]
     del bench
     best, fastest, right = "loop", float("inf"), None
+    graphed = False
     for way in ways:
+        if way.startswith("vmap") and best == "loop" and graphed:
+            continue  # what takes its time on the GPU, and not to be started, is no faster together
         tried = list(points[: many if way.startswith("vmap") else 2])
         try:
             found, spent = _timed(replace(work, way=way), tried, stop)
@@ -182,6 +185,7 @@ def choose(work: Work, points: Sequence[Weights]) -> str:
             if way == "loop":
                 raise
             continue
+        graphed = graphed or way == "graph"
         right = found if right is None else right
         both = min(len(found), len(right))
         if spent < 0.9 * fastest and torch.allclose(found[:both], right[:both], rtol=1e-3, atol=1e-5, equal_nan=True):

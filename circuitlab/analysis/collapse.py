@@ -136,7 +136,7 @@ class _Moments:
     @property
     def variance(self) -> float:
         """Mean over channels."""
-        return float(torch.as_tensor(self.rest).mean()) / self.n
+        return float(torch.as_tensor(self.rest, device="cpu").mean()) / self.n
 
 
 class _Reader(Recorder):

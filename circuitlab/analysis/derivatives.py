@@ -250,7 +250,7 @@ class Derivatives:
 def _dot(one: Numbers, other: Numbers) -> Tensor:
     """Inner product over the names that both have."""
     terms = [(one[name].conj() * other[name]).sum().real for name in one if name in other]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros((), device="cpu")
 
 
 def _doubled(tensor: Tensor) -> Tensor:

@@ -121,11 +121,11 @@ def expert_curve(
         if baseline:
             generator = torch.Generator().manual_seed(seed)
             cuts["random"] = {
-                wire: _cut(copied, cut.block, cut.labels.cpu()[torch.randperm(cut.block.size, generator=generator)])
+                wire: _cut(copied, cut.block, cut.labels.cpu()[torch.randperm(cut.block.size, generator=generator, device="cpu")])
                 for wire, cut in cuts["given"].items()
             }
         plan = [("", "", 1.0)] + [(part, way, share) for part in cuts for way in selection for share in shares]
-        totals = torch.zeros(len(plan), dtype=torch.float64)
+        totals = torch.zeros(len(plan), dtype=torch.float64, device="cpu")
         weight = n = 0
         for number, batch in walked.walk(batches, device, what="loss against experts", progress=progress):
             args, kwargs = walked.inputs_of(copied, batch)
@@ -182,7 +182,7 @@ class _Masked(Tap):
         """(..., experts): the larger, the sooner an expert is chosen."""
         experts = len(cut.members)
         if self.selection == "random":
-            return torch.rand(*h.shape[:-1], experts, generator=self.generator).to(h.device)
+            return torch.rand(*h.shape[:-1], experts, generator=self.generator, device="cpu").to(h.device)
         if self.selection == "oracle":
             size = h.abs() * cut.norms
             return size.new_zeros(*h.shape[:-1], experts).index_add_(-1, cut.labels, size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -42,7 +43,7 @@ class Router(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", offset)
         self.names: tuple[str, ...] = ("",)
-        self.chosen: torch.Tensor | None = None
+        self.chosen: Chosen | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(positions, inputs) -> int64 (positions, top_k), ascending."""
@@ -137,15 +138,15 @@ class KeyMap(_ExpertMap):
         flat, sizes = _positions(x, self.axis)
         router = self.shared[0]
         if self.routes:
-            router.chosen = router(flat)
+            router.chosen = Chosen(router(flat), self.experts)
         chosen = router.chosen
-        if chosen is None or len(chosen) != len(flat):
+        if chosen is None or len(chosen.experts) != len(flat):
             raise InputError(f"experts are chosen where {router.names[0]} runs, for as many positions as reach "
-                             f"{router.names[1]}: here {0 if chosen is None else len(chosen)} and {len(flat)}")
+                             f"{router.names[1]}: here {0 if chosen is None else len(chosen.experts)} and {len(flat)}")
         made = [chosen_linear(flat, weight, None if self.bias is None else self.bias[part], chosen)
                 for part, weight in enumerate(self.weight)]
         width = self.shapes[0][self.shapes[1]]
-        at = torch.cat([self.columns[part][chosen].flatten(1) for part in range(len(made))], 1)
+        at = torch.cat([self.columns[part][chosen.experts].flatten(1) for part in range(len(made))], 1)
         out = made[0].new_zeros(len(flat), width + 1).scatter(1, at, torch.cat(made, 1))  # empty slots go beyond the end
         return out[:, :width].view(*sizes, width).movedim(-1, self.axis)
 
@@ -177,14 +178,14 @@ class ValueMap(_ExpertMap):
         flat, sizes = _positions(h, self.axis)
         router = self.shared[0]
         chosen, router.chosen = router.chosen, None
-        if chosen is None or len(chosen) != len(flat):
+        if chosen is None or len(chosen.experts) != len(flat):
             raise InputError(f"experts are chosen where {router.names[0]} runs, for as many positions as reach "
-                             f"{router.names[-1]}: here {0 if chosen is None else len(chosen)} and {len(flat)}")
-        if chosen.shape[1] == self.experts and self.whole:
+                             f"{router.names[-1]}: here {0 if chosen is None else len(chosen.experts)} and {len(flat)}")
+        if chosen.k == self.experts and self.whole:
             held = flat[:, self.index.flatten()]
         else:
-            held = flat.gather(1, self.index.clamp(min=0)[chosen].flatten(1))
-        out = chosen_sum(held.view(len(flat), chosen.shape[1], self.slots), self.weight, chosen)
+            held = flat.gather(1, self.index.clamp(min=0)[chosen.experts].flatten(1))
+        out = chosen_sum(held.view(len(flat), chosen.k, self.slots), self.weight, chosen)
         out = out if self.bias is None else out + self.bias
         return out.view(*sizes, -1).movedim(-1, self.axis)
 
@@ -203,64 +204,95 @@ class ValueMap(_ExpertMap):
 # products with chosen experts -------------------------------------------------------------------------
 
 
-def _runs(chosen: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each (position, slot) stands when they are sorted by expert, and how many each expert has."""
-    flat = chosen.reshape(-1)
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=experts)
+@dataclass
+class Chosen:
+    """The experts of each position, and the order in which they stand together.
+
+    Attributes:
+        experts: int64 (positions, k). of: how many there are.
+        rows: int64 (positions * k,), where each stands among the chosen of all positions, when those are sorted by expert.
+        ends: int32 (experts,), where each expert's rows end.
+    """
+
+    experts: torch.Tensor
+    of: int
+
+    @property
+    def k(self) -> int:
+        return self.experts.shape[1]
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        experts, rows = self.experts.flatten().sort(stable=True)
+        every = torch.arange(self.of, device=experts.device)
+        return rows, torch.searchsorted(experts, every, right=True, out_int32=True)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self._sorted[0]
+
+    @property
+    def ends(self) -> torch.Tensor:
+        return self._sorted[1]
+
+    @functools.cached_property
+    def back(self) -> torch.Tensor:
+        """int64 (positions * k,), where each is found among the sorted."""
+        return torch.empty_like(self.rows).scatter_(0, self.rows, torch.arange(len(self.rows), device=self.rows.device))
 
 
-def chosen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chosen: torch.Tensor) -> torch.Tensor:
+def chosen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chosen: Chosen) -> torch.Tensor:
     """``x @ weight[e].T + bias[e]`` for each of the experts chosen for each position.
 
     Args:
-        x: (positions, inputs). weight: (experts, slots, inputs). bias: (experts, slots). chosen: int64 (positions, k).
+        x: (positions, inputs). weight: (experts, slots, inputs). bias: (experts, slots).
 
     Returns:
         (positions, k * slots).
     """
-    experts, slots, _ = weight.shape
-    k = chosen.shape[1]
-    if k == experts:
+    if chosen.k == chosen.of:
         return nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-    if len(x) == 1:  # nothing to sort
-        numbers = chosen[0].tolist()
+    if len(x) == 1 and not _at_once(x, weight):  # nothing to sort
+        numbers = chosen.experts[0].tolist()
         return torch.cat([nn.functional.linear(x, weight[e], None if bias is None else bias[e]) for e in numbers], 1)
-    order, counts = _runs(chosen, experts)
-    rows = x[order // k]
-    made = _grouped(rows, weight.transpose(1, 2), counts)
+    made = _grouped(x[chosen.rows // chosen.k], weight.transpose(1, 2), chosen.ends)[chosen.back]
     if bias is not None:
-        made = made + bias[chosen.reshape(-1)[order]]
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return made[back].view(len(x), k * slots)
+        made = made + bias[chosen.experts.flatten()]
+    return made.view(len(x), -1)
 
 
-def chosen_sum(h: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def chosen_sum(h: torch.Tensor, weight: torch.Tensor, chosen: Chosen) -> torch.Tensor:
     """``Σ_k h[:, k] @ weight[chosen[:, k]]``.
 
     Args:
-        h: (positions, k, slots). weight: (experts, slots, outputs). chosen: int64 (positions, k).
+        h: (positions, k, slots). weight: (experts, slots, outputs).
 
     Returns:
         (positions, outputs).
     """
-    experts = len(weight)
     n, k, slots = h.shape
-    if k == experts:
+    if k == chosen.of:
         return h.flatten(1) @ weight.flatten(0, 1)
-    if n == 1:
-        return torch.stack([h[:, slot] @ weight[e] for slot, e in enumerate(chosen[0].tolist())]).sum(0)
-    order, counts = _runs(chosen, experts)
-    made = _grouped(h.reshape(n * k, slots)[order], weight, counts)
-    return torch.zeros(n, weight.shape[2], dtype=made.dtype, device=made.device).index_add(0, order // k, made)
+    if n == 1 and not _at_once(h, weight):
+        return torch.stack([h[:, slot] @ weight[e] for slot, e in enumerate(chosen.experts[0].tolist())]).sum(0)
+    made = _grouped(h.reshape(n * k, slots)[chosen.rows], weight, chosen.ends)
+    return made[chosen.back].view(n, k, -1).sum(1)
 
 
-def _grouped(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _at_once(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the products of all experts are one kernel, which waits for nothing."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and _GROUPED is not None and not any(size % 8 for size in weight.shape[1:])
+
+
+def _grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows sorted by expert, each times its expert's matrix (experts, inputs, outputs)."""
-    grouped = getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if grouped is not None and rows.is_cuda and rows.dtype == torch.bfloat16 and not any(size % 8 for size in weight.shape[1:]):
-        return grouped(rows, weight, offs=counts.cumsum(0).int())
-    sizes = counts.tolist()
+    if _at_once(rows, weight):
+        return _GROUPED(rows, weight, offs=ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([part @ weight[e] for e, part in enumerate(rows.split(sizes)) if len(part)])
+
+
+_GROUPED: Any = getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 # the whole model --------------------------------------------------------------------------------------
@@ -346,7 +378,7 @@ def block_of(wire: str, part: Any, model: nn.Module) -> FeedForward:
 
 def members_of(labels: Any) -> torch.Tensor:
     """int64 (modules, slots): the neurons of each module, -1 after the last."""
-    groups = torch.as_tensor(labels).long()
+    groups = torch.as_tensor(labels, device="cpu").long()
     return nn.utils.rnn.pad_sequence([(groups == n).nonzero().flatten() for n in groups.unique().tolist()], True, -1)
 
 

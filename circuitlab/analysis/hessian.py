@@ -165,7 +165,7 @@ class _Hessian:
 
     def random(self, chance: torch.Generator) -> torch.Tensor:
         """A random direction of length 1."""
-        vector = torch.randn(self.n, generator=chance, dtype=torch.float64).to(self.derived.device, self.derived.kind)
+        vector = torch.randn(self.n, generator=chance, dtype=torch.float64, device="cpu").to(self.derived.device, self.derived.kind)
         return vector / torch.linalg.vector_norm(vector)
 
     def check(self, chance: torch.Generator) -> None:
@@ -192,7 +192,7 @@ def _top(product: _Hessian, top: int, which: str, tolerance: float, chance: torc
         values, columns = found[places], columns[:, places]
     else:
         def times(vector: Any) -> Any:
-            return product(torch.as_tensor(np.ravel(vector)).to(device, kind)).double().cpu().numpy()
+            return product(torch.from_numpy(np.ravel(vector)).to(device, kind)).double().cpu().numpy()
 
         operator = solver.LinearOperator((product.n, product.n), matvec=times, dtype=np.float64)
         start = product.random(chance).double().cpu().numpy()
@@ -202,7 +202,7 @@ def _top(product: _Hessian, top: int, which: str, tolerance: float, chance: torc
             raise InputError(f"only {len(error.eigenvalues)} of the {top} eigenvalues were found to a share of {tolerance:g}: give fewer, a "
                              "larger tolerance=, or which='LM'") from None
     order = np.argsort(-values)
-    return values[order], [torch.as_tensor(columns[:, at].copy()).to(device, kind) for at in order]
+    return values[order], [torch.from_numpy(columns[:, at].copy()).to(device, kind) for at in order]
 
 
 def _lanczos(product: _Hessian, steps: int, chance: torch.Generator) -> tuple[Floats, Floats]:

@@ -280,7 +280,7 @@ class Region:
         """Which entries of a map's output a tensor cut out of it holds: the calls are made on numbered entries."""
         shape = [1] * len(made.shape)
         shape[dim] = -1
-        tags = torch.arange(made.shape[dim]).view(shape).expand(made.shape)
+        tags = torch.arange(made.shape[dim], device="cpu").view(shape).expand(made.shape)
         known: dict[str, Any] = {made.name: tags}
         for op in between:
             if op.fn == "glu":

@@ -212,7 +212,7 @@ def interaction_affinity(basis: InteractionBasis, nodes: Literal["both", "direct
     edges = basis.edges
     if nodes == "both":
         out, own = edges.shape
-        found = torch.zeros(own + out, own + out, dtype=edges.dtype)
+        found = torch.zeros(own + out, own + out, dtype=edges.dtype, device=edges.device)
         found[own:, :own], found[:own, own:] = edges, edges.T
         return found
     if nodes not in ("directions", "neurons"):
@@ -232,7 +232,7 @@ def dealt(model: torch.nn.Module, names: tuple[str, ...], rng: torch.Generator) 
     before = [(named[name], named[name].data) for name in names]
     try:
         for parameter, data in before:
-            order = torch.randperm(data.numel(), generator=rng).to(data.device)
+            order = torch.randperm(data.numel(), generator=rng, device="cpu").to(data.device)
             parameter.data = data.flatten()[order].view_as(data)
         yield
     finally:

@@ -328,7 +328,7 @@ class Maps:
         if op.kind not in ("index", "slice") or len(op.inputs) != 1 or tensor.dims.count(experts) != 1:
             return ""
         at = tensor.dims.index(experts)
-        numbers = torch.arange(tensor.shape[at]).view([-1 if n == at else 1 for n in range(len(tensor.dims))])
+        numbers = torch.arange(tensor.shape[at], device="cpu").view([-1 if n == at else 1 for n in range(len(tensor.dims))])
         try:
             result: Any = view(self.circuit, op, [numbers])
         except NoViewError:

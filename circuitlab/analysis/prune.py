@@ -216,7 +216,7 @@ class _Run:
         n = walked.examples(batch)
         if n < 2:
             return
-        alone = torch.arange(n) == 0
+        alone = torch.arange(n, device="cpu") == 0
         whole, weight = self(batch, None)
         if not math.isfinite(whole):
             raise InputError(f"the loss of the first batch is {whole}; look at the model and at that batch")
@@ -276,11 +276,11 @@ def _masks(grouped: dict[str, dict[str, Any]], blocks: Mapping[str, FeedForward]
         if groups.pop("", size) != size:
             raise InputError(f"the partition given for {wire} is of another number of neurons than its {size}")
         for group, chosen in groups.items():
-            index = torch.as_tensor(np.asarray(chosen) if not isinstance(chosen, torch.Tensor) else chosen).cpu().flatten()
+            index = torch.as_tensor(np.asarray(chosen) if not isinstance(chosen, torch.Tensor) else chosen, device="cpu").flatten()
             if index.numel() and (index.is_floating_point() or index.dtype == torch.bool or not 0 <= int(index.min()) <= int(index.max()) < size):
                 raise InputError(f"group {group!r} must hold indices of neurons of {wire}, integers from 0 to {size - 1}; "
                                  f"it holds {index.tolist()[:8]} ...")
-            mask = torch.zeros(size, dtype=torch.bool)
+            mask = torch.zeros(size, dtype=torch.bool, device="cpu")
             mask[index.long()] = True
             masks.setdefault(group, {})[wire] = mask
     if not masks:
@@ -303,8 +303,8 @@ def _with_random(masks: dict[str, Masks], draws: int, seed: int) -> tuple[list[M
                 drawn: Masks = {}
                 for wire, count in zip(wires, key, strict=True):
                     if count:
-                        drawn[wire] = torch.zeros(lengths[wire], dtype=torch.bool)
-                        drawn[wire][torch.as_tensor(rng.permutation(lengths[wire])[:count])] = True
+                        drawn[wire] = torch.zeros(lengths[wire], dtype=torch.bool, device="cpu")
+                        drawn[wire][torch.from_numpy(rng.permutation(lengths[wire])[:count])] = True
                 known[key].append(len(sets))
                 sets.append(drawn)
         use.append(known[key])

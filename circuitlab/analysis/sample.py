@@ -46,8 +46,8 @@ class Reservoir:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self.positions = torch.zeros(0, dtype=torch.int64)
-        self.inputs = self.hidden = torch.zeros(0, 0)
+        self.positions = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.inputs = self.hidden = torch.zeros(0, 0, device="cpu")
         self.known = True
 
     def add(self, start: int, inputs: torch.Tensor | None, hidden: torch.Tensor) -> None:
@@ -85,7 +85,7 @@ class Reservoir:
         first, up = block.first[0], block.keys[0]
 
         def bias(weight: Weight) -> torch.Tensor:
-            entries = weight.of_bias(named[weight.bias].detach(), block.expert) if weight.bias in named else torch.zeros(block.size)
+            entries = weight.of_bias(named[weight.bias].detach(), block.expert) if weight.bias in named else torch.zeros(block.size, device="cpu")
             return entries.float().cpu().clone()
 
         made = Sample(self.positions[order].cpu(), self.inputs[order].cpu(), self.hidden[order].cpu(), bias(first), seed=self.seed)

@@ -139,7 +139,7 @@ def filter_normalised(model: torch.nn.Module, generator: torch.Generator) -> dic
     for name, tensor in model.named_parameters():
         if tensor.ndim < 2 or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
-        way = torch.randn(tensor.shape, generator=generator, dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+        way = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.complex128 if tensor.is_complex() else torch.float64)
         length = torch.linalg.vector_norm(tensor.detach().cpu().to(way.dtype).flatten(1), dim=1)
         own = torch.linalg.vector_norm(way.flatten(1), dim=1)
         way *= (length / own).reshape(-1, *[1] * (tensor.ndim - 1))

@@ -300,7 +300,7 @@ def _ahead(bench: Bench, rows: Sequence[Weights], left: Sequence[int], together:
     for start in range(0, len(left), together):
         chunk = left[start : start + together]
         values = bench.evaluate([rows[at] for at in chunk], 0, batches)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

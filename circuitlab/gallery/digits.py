@@ -33,9 +33,9 @@ def digits(seed: int = 0) -> Digits:
     from sklearn.datasets import load_digits
 
     images, classes = load_digits(return_X_y=True)
-    x = torch.as_tensor(images, dtype=torch.float32).view(-1, 1, SIDE, SIDE) / 8 - 1
-    y = torch.as_tensor(classes, dtype=torch.int64)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    x = torch.from_numpy(images).float().view(-1, 1, SIDE, SIDE) / 8 - 1
+    y = torch.from_numpy(classes).long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu")
     test, train = order[:TEST], order[TEST:]
     return Digits((x[train], y[train]), (x[test], y[test]))
 
@@ -112,11 +112,13 @@ def train(make: Callable[[], nn.Module], data: Digits, seed: int = 0, epochs: in
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = make()
+        device = next(model.parameters()).device
+        x, y = x.to(device), y.to(device)
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
         if each is not None:
             each(0, model)
         for epoch in range(epochs):
-            for batch in torch.randperm(len(x)).split(BATCH):
+            for batch in torch.randperm(len(x), device="cpu").split(BATCH):
                 optimiser.zero_grad()
                 F.cross_entropy(model(x[batch]), y[batch]).backward()
                 optimiser.step()

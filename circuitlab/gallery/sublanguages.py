@@ -55,7 +55,7 @@ class Corpus:
         self.languages = tuple(LANGUAGES)
         self.names = SHARED + tuple(word for consonants in LANGUAGES.values() for word in _words(consonants, generator))
         self.floor = -sum(chance * math.log(chance) for chance in CHANCES)
-        weight = torch.cat([torch.full((len(SHARED),), (1 - OWN_SHARE) / len(SHARED)), torch.full((OWN,), OWN_SHARE / OWN)])
+        weight = torch.tensor([(1 - OWN_SHARE) / len(SHARED)] * len(SHARED) + [OWN_SHARE / OWN] * OWN, device="cpu")
         words = len(LANGUAGES) * len(weight)
         drawn = torch.multinomial(weight.expand(words, -1), len(CHANCES), generator=generator)
         self._next = drawn.view(len(LANGUAGES), len(weight), len(CHANCES))
@@ -63,9 +63,9 @@ class Corpus:
     def documents(self, count: int, length: int = LENGTH, seed: int = 1) -> tuple[Tensor, Tensor]:
         """Documents drawn at random: tokens (count, length), and the number of each one's sub-language (count,)."""
         generator = torch.Generator().manual_seed(seed)
-        language = torch.randint(len(self.languages), (count,), generator=generator)
-        words = torch.randint(len(SHARED) + OWN, (count, length), generator=generator)  # the first one stays
-        chances = torch.tensor(CHANCES)
+        language = torch.randint(len(self.languages), (count,), generator=generator, device="cpu")
+        words = torch.randint(len(SHARED) + OWN, (count, length), generator=generator, device="cpu")  # the first one stays
+        chances = torch.tensor(CHANCES, device="cpu")
         choice = torch.multinomial(chances, count * length, replacement=True, generator=generator).view(count, length)
         for x in range(1, length):
             words[:, x] = self._next[language, words[:, x - 1], choice[:, x]]
@@ -76,7 +76,7 @@ def _words(consonants: str, generator: torch.Generator) -> list[str]:
     """Words of two syllables, all different."""
     syllables = [consonant + vowel for consonant, vowel in product(consonants, "aeiou")]
     every = [first + second for first, second in product(syllables, syllables)]
-    return sorted(every[i] for i in torch.randperm(len(every), generator=generator)[:OWN].tolist())
+    return sorted(every[i] for i in torch.randperm(len(every), generator=generator, device="cpu")[:OWN].tolist())
 
 
 class Trained(NamedTuple):
@@ -183,7 +183,7 @@ def load(path: str | Path, held_out: int = 256) -> Trained:
 
 
 def _model(vocabulary: int, seed: int) -> GPT:
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), torch.device("cpu"):
         torch.manual_seed(seed)
         model = GPT(vocabulary, LENGTH, width=64, heads=4, layers=2, activation=F.relu, tied=False)
         for embedding in (model.tokens, model.positions):

@@ -52,7 +52,7 @@ def check(circuit: Circuit, within: Mapping[str, tuple[str, ...]], name: str, gi
         raise unknown("permutable wire", name, [w.name for w in circuit.wires.values() if w.permutable])
     if not wire.permutable:
         raise InputError(f"the wire {name!r} is not permutable: {wire.why}")
-    index = torch.as_tensor(given, device=None if isinstance(given, torch.Tensor) else "cpu")
+    index = given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise InputError(f"a permutation of the wire {name!r} holds integers, and {index.dtype} was given")
     index = index.long().cpu()
