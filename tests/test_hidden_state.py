@@ -404,3 +404,34 @@ def test_compiled_code_is_forgotten_with_its_module():
     del compiled
     gc.collect()
     assert len(linecache.cache) == before
+
+
+def test_no_activations_wait_for_the_garbage_collector():
+    """On a GPU they would fill it: it is only collected when many Python objects were made."""
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(4, 61), nn.ReLU(), nn.Linear(61, 3)) for _ in range(2))
+    batches = [(torch.randn(7, 4), torch.randint(0, 3, (7,))) for _ in range(3)]
+    inputs = [x for x, _ in batches]
+    wire, stats = next(iter(cl.observe(a, batches, progress=False).items()))
+    part = cl.partition(stats, "random", k=61, controls=0)
+    options = {"loss": "cross_entropy", "progress": False}
+    runs = {
+        "trace": lambda: cl.trace(a, inputs[0], device="live"),
+        "verify": lambda: cl.trace(a, inputs[0]).verify(a, inputs[0]),
+        "observe": lambda: cl.observe(a, batches, progress=False, sample=0),
+        "expert_curve": lambda: cl.expert_curve(a, {wire: part}, batches, **options),
+        "match": lambda: cl.match(a, b, method="activations", batches=inputs, progress=False),
+        "interpolate": lambda: cl.interpolate(a, b, batches, points=3, correct="repair", **options),
+        "curve": lambda: cl.curve(a, b, batches, steps=2, points=3, **options),
+        "ridge": lambda: cl.ridge(a, b, batches, points=5, **options),
+        "stitch": lambda: cl.stitch(a, b, "0", "0", inputs, progress=False),
+    }
+    gc.collect()
+    gc.disable()
+    try:
+        for name, run in runs.items():
+            run()
+            left = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and not thing.is_nested and thing.shape == (7, 61)]
+            assert not left, name
+    finally:
+        gc.enable()

@@ -188,4 +188,6 @@ def _read(model: torch.nn.Module, args: Any, kwargs: Any, plan: Any) -> dict[tup
     reader = type("Reader", (_Reader,), {"plan": plan, "held": {}})
     with walked.running(model, (*args, kwargs) if kwargs else args):
         record(model, args, kwargs, meta=False, recorder_class=reader)
-    return reader.held
+    held = dict(reader.held)
+    reader.held.clear()  # a class waits for the garbage collector
+    return held

@@ -146,8 +146,9 @@ class KeyMap(_ExpertMap):
         made = [chosen_linear(flat, weight, None if self.bias is None else self.bias[part], chosen)
                 for part, weight in enumerate(self.weight)]
         width = self.shapes[0][self.shapes[1]]
-        at = torch.cat([self.columns[part][chosen.experts].flatten(1) for part in range(len(made))], 1)
-        out = made[0].new_zeros(len(flat), width + 1).scatter(1, at, torch.cat(made, 1))  # empty slots go beyond the end
+        out = made[0].new_zeros(len(flat), width if self.whole else width + 1)  # empty slots go beyond the end
+        for columns, values in zip(self.columns, made, strict=True):
+            out = out.scatter_(1, columns[chosen.experts].flatten(1), values)
         return out[:, :width].view(*sizes, width).movedim(-1, self.axis)
 
     def dense(self) -> nn.Module:

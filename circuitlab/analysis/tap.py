@@ -111,6 +111,13 @@ class Tap(TorchFunctionMode):
                     known = self.known.get(tensor) or _Held((), _stack(tensor, weight.stacked) if weight.along == 0 else None)
                     self.known[tensor] = replace(known, readers=(*known.readers, (wire, weight, size, None if number else function)))
 
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        # the functions know this tap: what is held in a circle waits for the garbage collector, and GPUs are small
+        self.expert = self.origin = None
+        for held in (self.known, self.put, self.origins, self.learned):
+            held.clear()
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -240,9 +247,10 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor
 
 
 def _replaced(args: tuple[Any, ...], kwargs: dict[str, Any], old: torch.Tensor, new: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def swap(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(swap(item) for item in value) if any(item is old for item in value) else value
-        return new if value is old else value
+    return tuple(_swapped(value, old, new) for value in args), {key: _swapped(value, old, new) for key, value in kwargs.items()}
 
-    return tuple(swap(value) for value in args), {key: swap(value) for key, value in kwargs.items()}
+
+def _swapped(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    if isinstance(value, (list, tuple)) and any(item is old for item in value):
+        return type(value)(new if item is old else item for item in value)
+    return new if value is old else value

@@ -122,6 +122,12 @@ class Nesting:
         """The innermost module or composite function ends."""
         self.levels.pop()
 
+    def over(self) -> None:
+        """The run is over: frames hold what they computed, and what runs the run."""
+        for level in self.levels:
+            level.functions.clear()
+            level.caller = level.author = None
+
     def here(self, caller: FrameType | None) -> Building:
         """The innermost block that a frame runs in; sets `line`."""
         level = self.levels[-1]

@@ -246,6 +246,7 @@ def record(
     finally:
         for hook in hooks:
             hook.remove()
+        recorder.nest.over()
     for path, tensor in tensors_in(output, torch.Tensor):
         entry = recorder.entry(recorder._twin(tensor) if meta else tensor)
         recorder.recording.outputs.append(entry.value)

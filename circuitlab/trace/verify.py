@@ -220,25 +220,24 @@ def _permutations(
                         prepare=prepare)
         return _largest(_outputs(got), output)
 
-    def settle(names: list[str]) -> None:
+    pending = [[wire.name for wire in wires]]
+    while pending:
+        names = pending.pop(0)
+        why = ""
         try:
             error = error_of(names)
         except RunError as failure:
-            error = float("inf")
-            if len(names) == 1:
-                results.failed.append(Claim("permutable", names[0], names[0], why=str(failure.cause)))
-                return
+            error, why = float("inf"), str(failure.cause)
         if error <= 10 * results.tolerance:
             results.held.extend(Claim("permutable", name, name, error=error) for name in names)
-        elif len(names) == 1:
+        elif len(names) > 1:
+            half = len(names) // 2
+            pending[:0] = [names[:half], names[half:]]
+        elif why:
+            results.failed.append(Claim("permutable", names[0], names[0], why=why))
+        else:
             why = f"permuting it everywhere changes the outputs by {error:.2g}"
             results.failed.append(Claim("permutable", names[0], names[0], error=error, why=why))
-        else:
-            half = len(names) // 2
-            settle(names[:half])
-            settle(names[half:])
-
-    settle([wire.name for wire in wires])
 
 
 def _compiled(

@@ -476,7 +476,6 @@ class Recorder(TorchFunctionMode):
         """The tensors made in this run that are still alive, though it is over."""
         self.twins.clear()
         self.real.clear()
-        self.nest.levels.clear()  # frames hold what they computed
         found = [entry.ref() for key, entry in list(self.entries.items()) if key not in {*self.state, *self.foreign}]
         return [tensor for tensor in found if tensor is not None]
 
