@@ -152,7 +152,7 @@ if __name__ == "__main__":
     for run in (against_bare_forward, against_peers, linear_in_layers, largest, unfolding, frame_times, modules, observed_neurons, sweeps, matched_models):
         run()
     if "--write" in sys.argv:
-        lines = ["# Benchmarks", "", "Written by `make bench ARGS=--write`; each is a ratio or a bound within one run.", "",
+        lines = ["# Benchmarks", "", "Written by `make bench ARGS=--write`; each is a ratio or a bound within one run. On a GPU: [benchmarks_gpu.md](benchmarks_gpu.md).", "",
                  f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}",
                  "", "| what | measured | aim |", "|---|---|---|"]
         lines += [f"| {a} | {b} | {c} |" for a, b, c in ROWS]

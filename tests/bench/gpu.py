@@ -1,4 +1,7 @@
-"""What only a GPU can show: sweeps, statistics, sparse experts and memory there. ``python -m tests.bench.gpu`` prints rows."""
+"""What only a GPU can show: sweeps, statistics, sparse experts and memory there.
+
+``python -m tests.bench.gpu`` prints a table (some two minutes); docs/benchmarks_gpu.md holds one.
+"""
 
 import copy
 import gc
@@ -162,7 +165,7 @@ def memory():
 
         with sdpa_kernel(SDPBackend.MATH):
             plain = peak(bare)
-        row(f"peak of live memory, {name}: cost() / the allocator, attention written out", f"{mine / plain:.2f} ({plain / 2**20:.0f} MB)", "0.8 to 1.2")
+        row(f"peak of live memory, {name}: cost() / the allocator, attention written out, kernels' workspaces included", f"{mine / plain:.2f} ({plain / 2**20:.0f} MB)", "0.8 to 1.2")
         row("the same / fused attention", f"{mine / peak(bare):.2f}")
         row("live trace there: peak of memory / bare forward's", f"{peak(lambda: cl.trace(model, x, device='live')) / peak(bare):.3f}", "1")
         start = time.perf_counter()
