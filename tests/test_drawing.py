@@ -144,3 +144,22 @@ def test_a_late_reader_has_a_late_copy():
     copies = [node for node in drawing.nodes if node.kind == "copy" and node.ins[0].tensor == "x"]
     assert len(copies) == 2
     assert copies[1].ins[0].source is copies[0]
+
+
+class Branches(nn.Module):
+    """Its input is read early, and again late, where another glyph stands between both."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        before = self.b(self.a(x))
+        weights = before.softmax(-1)
+        mixed = x @ weights.transpose(1, 2) @ x
+        return self.c(weights) + x + mixed @ weights.transpose(1, 2) @ mixed
+
+
+def test_late_copies_bend_beside_other_glyphs():
+    found = look(draw(cl.trace(Branches(), torch.randn(2, 8, 8))))
+    assert found.ok, found

@@ -8,11 +8,14 @@ Where that order would lead a wire through a foreign glyph, the glyph's own wire
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from circuitlab.diagram.drawing import Band, Drawing, Node
 from circuitlab.diagram.heights import Box, Heights
 
+_PASSES = 32
+"""Over the nodes, until the columns stay: each takes time in proportion to the drawing."""
 _FREE = {"copy", "merge", "elementwise", "mask", "input", "output", "route"}
 """Nodes that wires may run through: they bend and cross there, or the glyph floats above."""
 
@@ -53,11 +56,11 @@ class Places:
 
 def place(drawing: Drawing) -> Places:
     """Find columns and order, in one row; heights are still to be found: `Places.wrap`."""
-    apart: list[tuple[Node, Node]] = []
+    apart: dict[tuple[int, int], tuple[Node, Node]] = {}
     led = [(node, [band for band in bands if _is_led(band, node)]) for node, bands in drawing.routed]
     drawing.routed = [(node, bands) for node, bands in led if bands]
     for _ in range(8):
-        column = _columns(drawing, apart)
+        column = _columns(drawing, apart.values())
         order = _order(drawing, column)
         for node, bands in drawing.routed:
             beyond = {id(band): order[id(_beyond(band, node))] for band in bands}
@@ -69,10 +72,13 @@ def place(drawing: Drawing) -> Places:
         routes = [] if clashes else _route(drawing, column, order)
         if not clashes and not routes:
             break
-        apart += clashes
+        for a, b in clashes:
+            if apart.pop((id(a), id(b)), None):  # b pushes a on: then the other way about
+                a, b = b, a
+            apart[id(a), id(b)] = a, b
         drawing.routed += routes
     else:
-        column = _columns(drawing, apart)
+        column = _columns(drawing, apart.values())
         order = _order(drawing, column)
     return Places(column, order, [0] * (max(column.values(), default=0) + 1))
 
@@ -93,7 +99,7 @@ def _clashes(drawing: Drawing, column: dict[int, int], order: dict[int, float]) 
             for other, its_low, its_high in nodes:
                 if other.kind not in ("copy", "route", "merge") and low < its_low and its_high < high:
                     found.append((other, bends) if bends.kind == "merge" else (bends, other))
-    return found
+    return list({(id(a), id(b)): (a, b) for a, b in found}.values())
 
 
 def _route(drawing: Drawing, column: dict[int, int], order: dict[int, float]) -> list[tuple[Node, list[Band]]]:
@@ -170,7 +176,7 @@ def _beyond(band: Band, node: Node) -> Band:
     return band.source.ins[0] if band.target is node else band.target.outs[0]
 
 
-def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]:
+def _columns(drawing: Drawing, apart: Iterable[tuple[Node, Node]]) -> dict[int, int]:
     """Longest-path layers; a plate that needs what another makes stands to the right of all of that.
 
     Args:
@@ -178,8 +184,10 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
         apart: (a, b) where b is to stand to the right of a as well.
     """
     later: dict[int, list[Node]] = {}
+    earlier: dict[int, list[Node]] = {}
     for a, b in apart:
         later.setdefault(id(b), []).append(a)
+        earlier.setdefault(id(a), []).append(b)
     around = {name: set(node.plates[:level]) for node in drawing.nodes for level, name in enumerate(node.plates)}
     upstream: dict[int, set[str]] = {}
     after: dict[str, set[str]] = {}
@@ -193,13 +201,13 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
     feeds = _feeds(drawing)
     column: dict[int, int] = {}
     ends: dict[str, int] = {}
-    for _ in range(8 if apart else 1):  # until nothing moves: a may come after b in the run
+    for _ in range(_PASSES if later else 1):  # until nothing moves: a may come after b in the run
         known = dict(column)
         for node in drawing.nodes:
             before = [column[id(band.source)] for band in node.ins]
             before += [ends[other] for name in node.plates for other in after.get(name, ()) if other in ends]
             before += [column[key] for name in node.plates for key in feeds[name]]
-            before += [known[id(a)] for a in later.get(id(node), ()) if id(a) in known]
+            before += [column[id(a)] for a in later.get(id(node), ()) if id(a) in column]
             column[id(node)] = max(before, default=-1) + 1
             for name in node.plates:
                 ends[name] = max(ends.get(name, 0), column[id(node)])
@@ -212,7 +220,8 @@ def _columns(drawing: Drawing, apart: list[tuple[Node, Node]]) -> dict[int, int]
     # what begins a path (an input) stands right before it is used, and so do its copy, and a later copy of an array
     for node in reversed(drawing.nodes):
         if node.outs and (not node.ins or (node.kind == "copy" and node.ins[0].source.kind in ("copy", "input"))):
-            column[id(node)] = min(column[id(band.target)] for band in node.outs) - 1
+            after_it = [*(band.target for band in node.outs), *earlier.get(id(node), ())]
+            column[id(node)] = max(min(column[id(other)] for other in after_it), 1) - 1
     return column
 
 
