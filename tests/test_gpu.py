@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map_only
 import circuitlab as cl
 from circuitlab.analysis.experts import _grouped
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 
 def on_gpu(model, args, kwargs=None):
