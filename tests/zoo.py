@@ -1061,6 +1061,24 @@ def _(self, x):
     return torch.cat([self.b(x), delayed], -1), last
 
 
+def moved_up(x, dim):
+    y = x.clone()
+    y.narrow(dim, 0, 5).copy_(x.narrow(dim, 1, 5))
+    return y
+
+
+@style("rows_moved_up_in_place", x(6, 6))
+def _(self, x):
+    return moved_up(x, 0).flatten(0, 1).softmax(0), moved_up(x, 0), x @ moved_up(x, 0)
+
+
+@style("columns_moved_up_beside_halves", x(6, 6))
+def _(self, x):
+    weight = x.softmax(1)
+    first, second = weight[:2].chunk(2, 1)
+    return moved_up(x, 1), x @ weight, first * second.sigmoid()
+
+
 @style("channel_shuffled", x(2, 6, 4, 4), a=lambda: nn.Conv2d(6, 6, 1, groups=3))
 def _(self, x):
     return F.channel_shuffle(self.a(x), 3)

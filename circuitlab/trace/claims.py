@@ -377,12 +377,13 @@ def _parts(circuit: Circuit, op: Op) -> Iterator[tuple[str, list[Spot], list[Spo
                 for wire, factor, part in inside(circuit.wires, wires):
                     found.setdefault(wire, ([], []))[side].append((number, dim, factor, part))
     joined = {axis.wire for axis in op.axes if axis.role == "joined"}
-    pinned = {axis.wire for axis in op.axes if axis.role not in _ALIKE}
-    # an axis that numbers whole arrays (stack, unbind)
-    pinned |= {axis.wire for axis in op.axes if axis.role == "joined" and not (axis.ins and axis.outs) and not circuit.wires[axis.wire].parts}
-    for wire in list(pinned):
-        pinned.update(name for name, *_ in inside(circuit.wires, (wire,)))
-    within = {name for wire in joined for name, *_ in inside(circuit.wires, (wire,))}
+    held = {wire: {name for name, *_ in inside(circuit.wires, (wire,))} for wire in joined}
+    for axis in op.axes:
+        if axis.role == "joined" and not (axis.ins and axis.outs) and not circuit.wires[axis.wire].parts:
+            if not any(axis.wire in held[other] for other in joined - {axis.wire}):
+                return  # it numbers whole arrays (stack, unbind), or is a part that cannot be told
+    pinned = {name for axis in op.axes if axis.role not in _ALIKE for name, *_ in inside(circuit.wires, (axis.wire,))}
+    within = set[str]().union(*held.values())
     for wire, (ins, outs) in found.items():
         if wire not in within or wire in pinned or circuit.wires[wire].parts or not ins or not outs:
             continue

@@ -159,7 +159,8 @@ class Namer:
                 names.append("_")
                 continue
             name = self._again(line, key, number) if len(words) == 1 and not line.named else ""
-            names.append(name or self._free(word, number))
+            # what is set up inside is there before all is read
+            names.append(name or self._free(word, number - ("$out" in line.text)))
             self._stands(names[-1], key)
         return names
 
@@ -168,7 +169,7 @@ class Namer:
         if " " in key:
             return ""
         mine = tensor_of(self.circuit, key)
-        for read in line.reads:
+        for read in line.reads[:1] if "$out" in line.text else line.reads:
             if " " in read or self.last[read] != number or read not in self.var:
                 continue
             its = tensor_of(self.circuit, read)

@@ -207,7 +207,16 @@ class Wires:
             self.pick([a])
             for _, _, atoms in (*a.parts, *b.parts):
                 self.pick(atoms)
+                if a.smeared:
+                    self._smear(atoms)
             self._set(a, "parts", ())
+
+    def _smear(self, atoms: Iterable[Atom]) -> None:
+        """Parts of what is smeared are so too, where else they may stand."""
+        for atom in leaves(atoms):
+            self._set(atom, "smeared", True)
+            for _, _, inner in atom.parts:
+                self._smear(inner)
 
     def _merge_parts(self, a: Atom, b: Atom) -> None:
         if a.smeared:
