@@ -164,16 +164,22 @@ def _drop_unused_indices(made: list[tuple[Event, Pattern, Axes]]) -> None:
 
 def _atoms(w: Wires, values: list[Value], made: list[tuple[Event, Pattern, Axes]]) -> list[Atom]:
     """Every wire that occurs, parts of sums included, oldest first."""
+    first = [atom for value in values for dim in value.dims for atom in leaves(dim)]
+    first += [axis.atom for _, _, axes in made for axis in axes.found]
+    w.settle(_reached(first))
+    return sorted(_reached(first), key=lambda atom: atom.index)
+
+
+def _reached(atoms: list[Atom]) -> list[Atom]:
+    """Atoms, and all parts of theirs, each once."""
     found: dict[int, Atom] = {}
-    pending = [atom for value in values for dim in value.dims for atom in leaves(dim)]
-    pending += [axis.atom for _, _, axes in made for axis in axes.found]
+    pending = list(atoms)
     while pending:
         atom = pending.pop()
         if id(atom) not in found:
             found[id(atom)] = atom
-            w.settle(atom)
-            pending.extend(leaf for _, _, atoms in atom.parts for leaf in leaves(atoms))
-    return sorted(found.values(), key=lambda atom: atom.index)
+            pending.extend(leaf for _, _, inner in atom.parts for leaf in leaves(inner))
+    return list(found.values())
 
 
 def _op(event: Event, pattern: Pattern, axes: Axes, named: dict[int, naming.Named]) -> Op:

@@ -34,7 +34,7 @@ class Atom:
         hints: what is known about its origin, for naming: (kind, detail...) tuples.
         cuts: (start, stop) -> atom of a slice that spans several parts.
         picked: single entries of it were taken, which no part tells of: its order matters.
-        smeared: it was united with a shifted copy of itself: it has no parts.
+        smeared: it was united with a shifted copy of itself, or with one of other parts: it has none.
     """
 
     __slots__ = ("cuts", "factors", "hints", "index", "parent", "parts", "picked", "size", "smeared", "whole")
@@ -209,6 +209,7 @@ class Wires:
                 self.pick(atoms)
                 if a.smeared:
                     self._smear(atoms)
+            self._set(a, "smeared", True)
             self._set(a, "parts", ())
 
     def _smear(self, atoms: Iterable[Atom]) -> None:
@@ -324,11 +325,13 @@ class Wires:
         else:
             self.pick(atoms)
 
-    def settle(self, atom: Atom) -> None:
-        """Forget the parts of a sum where one of them is smeared: it may stand at another place of another sum."""
-        if any(leaf.smeared for _, _, inner in atom.parts for leaf in leaves(inner)):
-            self.pick([atom])
-            atom.parts = ()
+    def settle(self, atoms: Iterable[Atom]) -> None:
+        """Forget the parts of sums where one of them is smeared: it may stand at another place of another sum."""
+        sums = [atom for atom in atoms if atom.parts]
+        while smeared := [a for a in sums if a.parts and any(leaf.smeared for *_, inner in a.parts for leaf in leaves(inner))]:
+            for atom in smeared:
+                self.pick([atom])
+                atom.smeared, atom.parts = True, ()
 
     def pick(self, dim: Iterable[Atom]) -> None:
         """The order of these atoms matters, and that of their parts."""
