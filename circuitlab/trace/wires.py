@@ -34,10 +34,11 @@ class Atom:
         hints: what is known about its origin, for naming: (kind, detail...) tuples.
         cuts: (start, stop) -> atom of a slice that spans several parts.
         picked: single entries of it were taken, which no part tells of: its order matters.
-        smeared: it was united with a shifted copy of itself, or with one of other parts: it has none.
+        smeared: it was united with a shifted copy of itself: it has no parts.
+        torn: it was united with one of other parts, that do not fit: no sum that holds it can tell of it.
     """
 
-    __slots__ = ("cuts", "factors", "hints", "index", "parent", "parts", "picked", "size", "smeared", "whole")
+    __slots__ = ("cuts", "factors", "hints", "index", "parent", "parts", "picked", "size", "smeared", "torn", "whole")
 
     def __init__(self, size: int, index: int, hint: tuple[Any, ...]) -> None:
         self.size = size
@@ -50,6 +51,7 @@ class Atom:
         self.cuts: dict[tuple[int, int], Atom] = {}
         self.picked = False
         self.smeared = False
+        self.torn = False
 
     def __repr__(self) -> str:
         return f"<{self.index}:{self.size}>"
@@ -198,6 +200,8 @@ class Wires:
         if shifted or b.smeared:
             # entries i and i + 1 of one axis stand side by side: they are as one, and no part can be told from the next
             self._set(a, "smeared", True)
+        if b.torn:
+            self._set(a, "torn", True)
         mark = self.mark()
         try:
             self._merge_parts(a, b)
@@ -209,7 +213,7 @@ class Wires:
                 self.pick(atoms)
                 if a.smeared:
                     self._smear(atoms)
-            self._set(a, "smeared", True)
+            self._set(a, "torn", True)
             self._set(a, "parts", ())
 
     def _smear(self, atoms: Iterable[Atom]) -> None:
@@ -326,12 +330,12 @@ class Wires:
             self.pick(atoms)
 
     def settle(self, atoms: Iterable[Atom]) -> None:
-        """Forget the parts of sums where one of them is smeared: it may stand at another place of another sum."""
+        """Forget the parts of sums where one of them is torn: it may stand at other places of other sums, in pieces."""
         sums = [atom for atom in atoms if atom.parts]
-        while smeared := [a for a in sums if a.parts and any(leaf.smeared for *_, inner in a.parts for leaf in leaves(inner))]:
-            for atom in smeared:
+        while torn := [a for a in sums if a.parts and any(leaf.torn or leaf.smeared for *_, inner in a.parts for leaf in leaves(inner))]:
+            for atom in torn:
                 self.pick([atom])
-                atom.smeared, atom.parts = True, ()
+                atom.torn, atom.parts = True, ()
 
     def pick(self, dim: Iterable[Atom]) -> None:
         """The order of these atoms matters, and that of their parts."""
