@@ -21,7 +21,7 @@ lab: $(VENV)/installed
 # One thread for each process: two processes of one take half the time of one process of two. In the browser one after another.
 # ARGS may leave nothing for one of the two: 5 is "no tests were selected".
 test: check browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not browser" $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not browser" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m browser $(ARGS) || [ $$? -eq 5 ]
 
 # A browser for the tests: the machine's own, else Debian's package, else the one that playwright downloads.

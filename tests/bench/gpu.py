@@ -5,6 +5,7 @@
 
 import copy
 import gc
+import sys
 import time
 from types import SimpleNamespace
 
@@ -174,6 +175,8 @@ def memory():
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("these benchmarks need a GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n| what | measured | aim |\n|---|---|---|")
     for run in (memory, sparse, observing, paths):
         try:
