@@ -141,3 +141,42 @@ def test_permuting_a_permutable_wire_keeps_the_outputs(seed):
     free = {w.name: torch.randperm(w.size) for w in circuit.wires.values() if w.permutable}
     before, after = model(x), circuit.permute(model, free)(x)
     assert torch.allclose(before, after, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+class Pieces(nn.Module):
+    """Arrays of positions (2, n, 3) that are cut, put together, shifted and added, as the seed says."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+
+    def made(self, rng, past):
+        x = rng.choice(past)
+        n = x.shape[1]
+        first = rng.randrange(n)
+        same = [other for other in past if other.shape == x.shape]
+        moved = x.clone()
+        moved[:, : n - 1].copy_(x[:, 1:])
+        return rng.choice([
+            lambda: x[:, first : rng.randint(first + 1, n)], lambda: x[:, first : rng.randint(first + 1, n)],
+            lambda: torch.cat([x, rng.choice(past)], 1), lambda: torch.cat([x[:, :1], x[:, :-1]], 1), lambda: moved,
+            lambda: x * 1.5 + rng.choice(same), lambda: x * 1.5 + rng.choice(same), lambda: F.pad(x, (0, 0, rng.randint(0, 2), rng.randint(0, 2))),
+            lambda: x.flip(1), lambda: x.roll(1, 1), lambda: x.chunk(2, 1)[-1], lambda: torch.cat(x.chunk(2, 1)[::-1], 1),
+        ])()
+
+    def forward(self, x):
+        rng, past, picked = random.Random(self.seed), [x], []
+        for _ in range(rng.randrange(3, 12)):
+            past.append(self.made(rng, past)[:, :16])
+            if rng.random() < 0.2:
+                picked.append(past[-1][:, rng.randrange(past[-1].shape[1])])
+        return (*past[1:], *picked)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([4, 6, 7]))
+def test_pieces_of_an_axis_are_told_where_they_stand(seed, n):
+    torch.manual_seed(seed)
+    x, model = torch.randn(2, n, 3), Pieces(seed)
+    report = cl.trace(model, x).verify(model, x)
+    assert report.ok, report
