@@ -52,6 +52,13 @@ class Router(nn.Module):
         scores = nn.functional.linear(x, self.weight, self.bias)
         return scores.topk(self.top_k, sorted=False).indices.sort(-1).values
 
+    def checked(self, chosen: Chosen | None, rows: torch.Tensor, where: str) -> Chosen:
+        """What was chosen; an `InputError` if that was not for the rows that reach a map, which is told by its name."""
+        if chosen is None or len(chosen.experts) != len(rows):
+            raise InputError(f"experts are chosen where {self.names[0]} runs, for as many positions as reach "
+                             f"{where}: here {0 if chosen is None else len(chosen.experts)} and {len(rows)}")
+        return chosen
+
     def extra_repr(self) -> str:
         return f"experts={len(self.weight)}, top_k={self.top_k}, selection={self.selection!r}"
 
@@ -139,10 +146,7 @@ class KeyMap(_ExpertMap):
         router = self.shared[0]
         if self.routes:
             router.chosen = Chosen(router(flat), self.experts)
-        chosen = router.chosen
-        if chosen is None or len(chosen.experts) != len(flat):
-            raise InputError(f"experts are chosen where {router.names[0]} runs, for as many positions as reach "
-                             f"{router.names[1]}: here {0 if chosen is None else len(chosen.experts)} and {len(flat)}")
+        chosen = router.checked(router.chosen, flat, router.names[1])
         made = [chosen_linear(flat, weight, None if self.bias is None else self.bias[part], chosen)
                 for part, weight in enumerate(self.weight)]
         width = self.shapes[0][self.shapes[1]]
@@ -179,9 +183,7 @@ class ValueMap(_ExpertMap):
         flat, sizes = _positions(h, self.axis)
         router = self.shared[0]
         chosen, router.chosen = router.chosen, None
-        if chosen is None or len(chosen.experts) != len(flat):
-            raise InputError(f"experts are chosen where {router.names[0]} runs, for as many positions as reach "
-                             f"{router.names[-1]}: here {0 if chosen is None else len(chosen.experts)} and {len(flat)}")
+        chosen = router.checked(chosen, flat, router.names[-1])
         if chosen.k == self.experts and self.whole:
             held = flat[:, self.index.flatten()]
         else:
