@@ -3,7 +3,6 @@
 ``python -m tests.bench.gpu`` prints a table (some two minutes); docs/benchmarks_gpu.md holds one.
 """
 
-import copy
 import gc
 import sys
 import time
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,6 +20,7 @@ from circuitlab.analysis.sweep import sweep
 from circuitlab.gallery.gpt import GPT
 from circuitlab.gallery.llama import Llama
 from circuitlab.gallery.unet import UNet
+from tests.bench.sweep import mlp, peers
 
 DEVICE = "cuda"
 
@@ -52,10 +51,6 @@ def row(what, value, bound=""):
     print(f"| {what} | {value} | {bound} |", flush=True)
 
 
-def _mlp(width):
-    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-
-
 def _cnn():
     layers, wide = [], 3
     for width in (128, 256, 512):
@@ -65,30 +60,17 @@ def _cnn():
 
 
 def paths():
-    for name, make, shape, size in (("MLP of width 32", lambda: _mlp(32), (64,), 256), ("MLP of width 4096", lambda: _mlp(4096), (64,), 4096),
+    for name, make, shape, size in (("MLP of width 32", lambda: mlp(32), (64,), 256), ("MLP of width 4096", lambda: mlp(4096), (64,), 4096),
                                     ("CNN with BatchNorm", _cnn, (3, 64, 64), 256)):
         torch.manual_seed(0)
         a, b = make().cuda().eval(), make().cuda().eval()
         batches = [(torch.randn(size, *shape, device=DEVICE), torch.randint(0, 10, (size,), device=DEVICE)) for _ in range(8)]
         alphas = np.linspace(0, 1, 101)
 
-        def bare():
-            with torch.no_grad():
-                for _ in alphas:
-                    for inputs, target in batches:
-                        F.cross_entropy(a(inputs), target)
-
-        def by_hand():
-            model, first, second = copy.deepcopy(a), a.state_dict(), b.state_dict()
-            with torch.no_grad():
-                for alpha in alphas:
-                    model.load_state_dict({k: (1 - alpha) * t + alpha * second[k] if t.is_floating_point() else t for k, t in first.items()})
-                    sum(F.cross_entropy(model(inputs), target).item() * len(target) for inputs, target in batches)
-
         def ours():
             return cl.interpolate(a, b, batches, "cross_entropy", 101, progress=False)
 
-        floor, plain, spent = best(bare, 3), best(by_hand, 3), best(ours, 3)
+        floor, plain, spent = (best(run, 3) for run in (*peers(a, b, batches, alphas), ours))
         found = sweep(a, Combination.of([a, b]), [[1 - t, t] for t in alphas], batches, "cross_entropy")
         row(f"path of 101 points, {name} ({found.way}) / bare forwards with the loss", f"{spent / floor:.2f} ({spent:.3f} s)", "≤ 1.1")
         row("the same / a loop over load_state_dict", f"{spent / plain:.2f}", "≤ 1")
